@@ -1,0 +1,73 @@
+"""From samples to steps: what a stage reads, in which order, from which position."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from gvl_jax.config import Images
+from gvl_jax.data.images import ImageRejected, max_pixels_for, open_image, to_patches
+from gvl_jax.data.tokenizer import Tokenizer
+from gvl_jax.guard.prompt import MERGE, build_example, build_prompt
+from gvl_jax.types import Example, Sample
+
+
+class SampleRejected(ValueError):
+    """A sample that cannot become an example. `reason` is a short code that is counted."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def to_example(sample: Sample, tokenizer: Tokenizer, images: Images, max_length: int, answer: str | None = None) -> Example:
+    """Sample → Example: the prompt alone, or prompt and answer (which is then what is learned).
+
+    A sample over `max_length` tokens has its pictures shrunk by the smart-resize rule until it fits; text is
+    never cut. Raises SampleRejected: a bad picture, or text that alone is too long.
+    """
+    try:
+        opened = [open_image(source) for source in sample.images]
+        max_pixels = images.max_pixels
+        while True:
+            prepared = [to_patches(image, min(images.min_pixels, max_pixels), max_pixels) for image in opened]
+            patches = [p for p, _ in prepared]
+            grids = np.array([grid for _, grid in prepared], np.int32).reshape(-1, 3)
+            if answer is None:
+                tokens, positions = build_prompt(sample, grids, tokenizer)
+                loss_mask = np.zeros(len(tokens), bool)
+            else:
+                tokens, loss_mask, positions = build_example(sample, grids, tokenizer, answer)
+            if len(tokens) <= max_length:
+                break
+            merged = int(grids.prod(1).sum()) // MERGE**2
+            room = (max_length - (len(tokens) - merged)) // max(1, len(opened))
+            smaller = min(max_pixels_for(room), max_pixels * 3 // 4)  # rounding to whole patches may need a second try
+            if not opened or room < 1:
+                raise SampleRejected(
+                    "too_long", f"{len(tokens) - merged} tokens of text, at most {max_length} fit; shorten it or raise max_length"
+                )
+            max_pixels = smaller
+    except ImageRejected as error:
+        raise SampleRejected(error.reason, str(error)) from error
+    flat = np.concatenate(patches) if patches else np.zeros((0, 0), np.float32)
+    return Example(tokens, loss_mask, positions, flat, grids)
+
+
+def steps(
+    samples: Sequence, build: Callable, *, per_step: int, epochs: int, seed: int, start: int = 0, workers: int = 2
+) -> Iterator[list]:
+    """The lists of a run, from step `start`: shuffled anew each epoch, `per_step` a list, built ahead in threads.
+
+    A step is a function of (samples, per_step, epochs, seed, its number) and nothing else, so a resumed run
+    reads on exactly where it stopped; packing into micro-batches comes after and never changes a step.
+    """
+    order = grain.MapDataset.source(samples).seed(seed).shuffle().repeat(epochs).map(build)
+    batches = order.batch(per_step, batch_fn=list)
+    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4)
+    return iter(batches[start:].to_iter_dataset(options))
+
+
+def step_count(samples: int, per_step: int, epochs: int) -> int:
+    """Steps of a run; the last one may be short."""
+    return -(-samples * epochs // per_step)

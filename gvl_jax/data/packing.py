@@ -1,0 +1,206 @@
+"""Examples → micro-batches of fixed shape: packed rows, one patch buffer in window order, images gathered by index."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gvl_jax.data.images import (
+    MERGE,
+    PATCH_VALUES,
+    WINDOW_SIDE,
+    WINDOW_SLOTS,
+    patch_coords,
+    window_order,
+)
+from gvl_jax.types import Batch, Example, Vision
+
+UNIT = MERGE**2  # patches of a merged token
+PATCHES_PER_WINDOW = 32  # a buffer of P patches has P // 32 windows of 64: the windows cut at an image's edge are not full
+
+
+def pack(
+    examples: Sequence[Example], *, rows: int, length: int, patch_buckets: Sequence[int], image_pad: int
+) -> list[Batch]:
+    """Every example exactly once, whole, in as few micro-batches of shape [rows, length] as first-fit-decreasing finds;
+    the last rows may be empty. Raises ValueError if an example is longer than a row or its images exceed the largest
+    bucket: such examples are shrunk or rejected before."""
+    return [
+        _assemble([[examples[i] for i in row] for row in micro_batch], rows, length, patch_buckets, image_pad)
+        for micro_batch in assign(examples, rows=rows, length=length, patch_buckets=patch_buckets)
+    ]
+
+
+def pack_prompts(
+    prompts: Sequence[Example], *, rows: int, length: int, patch_buckets: Sequence[int], image_pad: int
+) -> Batch:
+    """One prompt a row, in order, right-padded to `length`; rows after the last prompt are empty (segment 0)."""
+    return _assemble([[prompt] for prompt in prompts], rows, length, patch_buckets, image_pad)
+
+
+def assign(
+    examples: Sequence[Example], *, rows: int, length: int, patch_buckets: Sequence[int]
+) -> list[list[list[int]]]:
+    """Which example stands where: micro-batches of rows of indices into `examples`. Deterministic.
+
+    Examples with images are placed first and text fills their gaps; the rest of the text gets rows, and if possible
+    micro-batches, of its own, for which the vision tower does not run.
+    """
+    largest = max(patch_buckets)
+    capacity = np.array([length, largest, largest // PATCHES_PER_WINDOW])
+    sizes = np.array([(len(e.tokens), len(e.patches), _windows(e)) for e in examples]).reshape(-1, 3)
+    for i, size in enumerate(sizes):
+        if np.any(size > capacity):
+            raise ValueError(
+                f"example {i} does not fit: got tokens, patches, windows = {size.tolist()}, one row holds "
+                f"{capacity.tolist()}; shrink its images, reject it, or raise max_length or buckets.patches"
+            )
+    order = sorted(range(len(examples)), key=lambda i: (sizes[i, 1] == 0, -sizes[i, 0], i))
+    packed_rows = _first_fit(order, sizes, capacity)
+
+    row_sizes = np.array([(1, *sizes[row, 1:].sum(axis=0)) for row in packed_rows]).reshape(-1, 3)
+    row_capacity = np.array([rows, *capacity[1:]])
+    row_order = sorted(range(len(packed_rows)), key=lambda r: (-row_sizes[r, 1], r))
+    return [[packed_rows[r] for r in batch] for batch in _first_fit(row_order, row_sizes, row_capacity)]
+
+
+def _first_fit(order: list[int], sizes: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
+    """Bins of indices: each goes into the first bin where every one of its sizes i[n, k] still fits capacity i[k]."""
+    bins: list[list[int]] = []
+    free = np.empty((len(order), len(capacity)), np.int64)
+    for i in order:
+        fits = np.all(free[: len(bins)] >= sizes[i], axis=1)
+        chosen = int(fits.argmax()) if fits.any() else len(bins)
+        if chosen == len(bins):
+            bins.append([])
+            free[chosen] = capacity
+        bins[chosen].append(i)
+        free[chosen] -= sizes[i]
+    return bins
+
+
+def _windows(example: Example) -> int:
+    side = MERGE * WINDOW_SIDE
+    return sum(-(-int(rows) // side) * -(-int(columns) // side) for _, rows, columns in example.grids)
+
+
+def _assemble(
+    packed: Sequence[Sequence[Example]], rows: int, length: int, patch_buckets: Sequence[int], image_pad: int
+) -> Batch:
+    if len(packed) > rows:
+        raise ValueError(f"got {len(packed)} rows, expected at most {rows}; raise `prompts` or split them")
+    tokens = np.zeros((rows, length), np.int32)
+    loss_mask = np.zeros((rows, length), bool)
+    positions = np.zeros((3, rows, length), np.int32)
+    segments = np.zeros((rows, length), np.int32)
+    for row, members in enumerate(packed):
+        if (total := sum(len(example.tokens) for example in members)) > length:
+            raise ValueError(f"row {row} has {total} tokens, expected at most {length}; use a longer bucket")
+        start = 0
+        for segment, example in enumerate(members, start=1):
+            _check(example, image_pad)
+            span = slice(start, start + len(example.tokens))
+            tokens[row, span] = example.tokens
+            loss_mask[row, span] = example.loss_mask
+            positions[:, row, span] = example.positions
+            segments[row, span] = segment
+            start = span.stop
+
+    image_index = np.full((rows, length), -1, np.int32)
+    vision = None
+    images = [(example.patches, example.grids) for members in packed for example in members if len(example.grids)]
+    if images:
+        vision, merged_index = pack_vision(images, patch_buckets)
+        image_index[(tokens == image_pad) & (segments > 0)] = merged_index
+    return Batch(tokens, loss_mask, positions, segments, image_index, vision)
+
+
+def _check(example: Example, image_pad: int) -> None:
+    merged, grid_patches = int(np.sum(example.tokens == image_pad)), _patches(example.grids)
+    if merged * UNIT != grid_patches or len(example.patches) != grid_patches:
+        raise ValueError(
+            f"got {merged} image placeholders and {len(example.patches)} patches for grids "
+            f"{example.grids.tolist()}, expected {grid_patches // UNIT} and {grid_patches}"
+        )
+    if example.loss_mask[:1].any():
+        raise ValueError("loss_mask is True on the first token, which nothing predicts; a prompt must precede it")
+
+
+def _patches(grids: np.ndarray) -> int:
+    return int(np.prod(grids, axis=1).sum())
+
+
+def pack_vision(
+    images: Sequence[tuple[np.ndarray, np.ndarray]], patch_buckets: Sequence[int]
+) -> tuple[Vision, np.ndarray]:
+    """(patches f32[p, C], grids i32[n, 3]) of each example → one buffer of the smallest bucket that holds them, in
+    window order, and i32[ΣM]: for each placeholder, image after image in reading order, where its merged token
+    stands in the window-ordered buffer of merged tokens.
+
+    Raises ValueError if a grid is not a still picture of whole merge blocks, disagrees with its patches, or if
+    nothing fits.
+    """
+    patches_in, coords_in, owner_in, merged_index, window_sizes = [], [], [], [], []
+    merged_count = image_count = 0
+    for patches, grids in images:
+        if _patches(grids) != len(patches):
+            raise ValueError(f"grids {grids.tolist()} need {_patches(grids)} patches, got {len(patches)}")
+        start = 0
+        for grid in grids:
+            if grid[0] != 1 or grid[1] % MERGE or grid[2] % MERGE:
+                raise ValueError(f"grid {grid.tolist()} is not (1, even, even); resize to a multiple of 28 pixels")
+            order, windows = window_order(grid)
+            count = UNIT * len(order)
+            image_count += 1
+            patches_in.append(_reorder(patches[start : start + count], order))
+            coords_in.append(_reorder(patch_coords(grid), order))
+            owner_in.append(np.full(count, image_count, np.int32))
+            window_sizes += [UNIT * len(window) for window in windows]
+            merged_index.append(merged_count + np.argsort(order))  # the inverse permutation
+            merged_count += len(order)
+            start += count
+
+    used = UNIT * merged_count
+    size = _bucket(used, len(window_sizes), patch_buckets)
+    sizes = np.array(window_sizes)
+    window = np.repeat(np.arange(len(sizes)), sizes)  # of each patch
+    place = np.arange(used) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each patch in its window
+    slots = np.zeros(size, np.int32)
+    slots[:used] = window * WINDOW_SLOTS + place
+    table = np.full((size // PATCHES_PER_WINDOW, WINDOW_SLOTS), size, np.int32)
+    table.reshape(-1)[slots[:used]] = np.arange(used)
+    vision = Vision(
+        patches=_padded(np.concatenate(patches_in), size, PATCH_VALUES),
+        coords=_padded(np.concatenate(coords_in), size, 2),
+        image=np.concatenate([*owner_in, np.zeros(size - used, np.int32)]),
+        windows=table,
+        slots=slots,
+    )
+    return vision, np.concatenate(merged_index).astype(np.int32)
+
+
+def _reorder(patches: np.ndarray, order: np.ndarray) -> np.ndarray:
+    return patches.reshape(len(order), UNIT, -1)[order].reshape(patches.shape)
+
+
+def _padded(values: np.ndarray, size: int, width: int) -> np.ndarray:
+    padded = np.zeros((size, width), values.dtype)
+    padded[: len(values)] = values
+    return padded
+
+
+def _bucket(patches: int, windows: int, patch_buckets: Sequence[int]) -> int:
+    for size in sorted(patch_buckets):
+        if patches <= size and windows <= size // PATCHES_PER_WINDOW:
+            return size
+    raise ValueError(
+        f"got {patches} patches in {windows} windows, the largest bucket holds {max(patch_buckets)} in "
+        f"{max(patch_buckets) // PATCHES_PER_WINDOW}; lower images.max_pixels or raise buckets.patches"
+    )
+
+
+def padding(batch: Batch) -> dict[str, float]:
+    """Shares of the batch that are padding: of its tokens and, where it has images, of its patch buffer."""
+    shares = {"padding_tokens": float(np.mean(batch.segments == 0))}
+    if batch.vision is not None:
+        shares["padding_patches"] = float(np.mean(batch.vision.image == 0))
+    return shares

@@ -1,0 +1,65 @@
+"""The parts that the vision tower and the decoder share. Weights stay in their own dtype; the input's dtype computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+class Linear(nnx.Module):
+    """y[..., *outputs] = Σ x[..., *inputs] · kernel[*inputs, *outputs] + bias[*outputs]."""
+
+    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, rngs: nnx.Rngs):
+        fan_in = 1
+        for size in inputs:
+            fan_in *= size
+        self.contracted = len(inputs)
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), inputs + outputs) * fan_in**-0.5)
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x):
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
+        if self.bias is None:
+            return y
+        return y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, the mean in fp32."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((width,)))
+
+    def __call__(self, x):
+        wide = x.astype(jnp.float32)
+        unit = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
+        return unit.astype(x.dtype) * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)
+
+
+def gated_mlp(layer, x):
+    """SwiGLU on the layer's gate, up and down: down(silu(gate x) · up x)."""
+    return layer.down(jax.nn.silu(layer.gate(x)) * layer.up(x))
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+    """`count` layers as one module whose weights have a leading axis L."""
+    return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+
+
+def scan_layers(layers, carry, body: Callable, xs: Any = None, *, remat: bool = False):
+    """Run body(layer, carry, x) -> (carry, y) over the leading axis of stacked `layers` and of `xs`.
+
+    remat: keep only the carry of each layer for the backward pass and compute the rest again.
+    """
+    graph, weights = nnx.split(layers)
+
+    def step(carry, scanned):
+        return body(nnx.merge(graph, scanned[0]), carry, scanned[1])
+
+    if remat:
+        step = jax.checkpoint(step, prevent_cse=False)
+    return lax.scan(step, carry, (weights, xs))

@@ -1,0 +1,83 @@
+"""The vision tower: patches in window order → one vector per merged (2x2) patch, in the decoder's width."""
+
+from itertools import groupby
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gvl_jax.models.qwen_vl.attention import attend
+from gvl_jax.models.qwen_vl.config import VisionConfig
+from gvl_jax.models.qwen_vl.layers import Linear, RMSNorm, gated_mlp, scan_layers, stack
+from gvl_jax.models.qwen_vl.rope import rotate, vision_angles
+from gvl_jax.types import Vision
+
+NORM_EPSILON = 1e-6  # fixed in the reference, not in its config
+
+
+class VisionBlock(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        width, hidden = config.hidden_size, config.intermediate_size
+        heads = (config.num_heads, width // config.num_heads)
+        self.norm1 = RMSNorm(width, NORM_EPSILON)
+        self.q = Linear((width,), heads, bias=True, rngs=rngs)
+        self.k = Linear((width,), heads, bias=True, rngs=rngs)
+        self.v = Linear((width,), heads, bias=True, rngs=rngs)
+        self.o = Linear(heads, (width,), bias=True, rngs=rngs)
+        self.norm2 = RMSNorm(width, NORM_EPSILON)
+        self.gate = Linear((width,), (hidden,), bias=True, rngs=rngs)
+        self.up = Linear((width,), (hidden,), bias=True, rngs=rngs)
+        self.down = Linear((hidden,), (width,), bias=True, rngs=rngs)
+
+    def __call__(self, x, angles, attend_where):
+        h = self.norm1(x)
+        q, k, v = rotate(self.q(h), angles), rotate(self.k(h), angles), self.v(h)
+        x = x + self.o(attend_where(q, k, v))
+        return x + gated_mlp(self, self.norm2(x))
+
+
+class Merger(nnx.Module):
+    """Four neighbouring patches → one token of the decoder."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.width = config.hidden_size * config.spatial_merge_size**2
+        self.norm = RMSNorm(config.hidden_size, NORM_EPSILON)
+        self.fc1 = Linear((self.width,), (self.width,), bias=True, rngs=rngs)
+        self.fc2 = Linear((self.width,), (config.out_hidden_size,), bias=True, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(x).reshape(-1, self.width)
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        self.patch_embed = Linear((values,), (config.hidden_size,), bias=False, rngs=rngs)
+        self.blocks = stack(lambda rngs: VisionBlock(config, rngs=rngs), config.depth, rngs)
+        self.merger = Merger(config, rngs=rngs)
+
+    def __call__(self, vision: Vision, dtype, *, remat: bool = False):
+        """→ [M, D] in window order. Padding patches give finite values that no token reads."""
+        x = self.patch_embed(vision.patches.astype(dtype))
+        angles = vision_angles(vision.coords, self.config.hidden_size // self.config.num_heads)
+        same_image = (vision.image[:, None] == vision.image[None, :])[None, None]
+        filled = (vision.windows < len(vision.patches))[:, None, None, :]
+
+        def in_image(q, k, v):
+            return attend(q[None], k[None], v[None], same_image)[0]
+
+        def in_window(q, k, v):
+            q, k, v = (jnp.take(a, vision.windows, axis=0, mode="fill", fill_value=0) for a in (q, k, v))
+            out = attend(q, k, v, filled)
+            return out.reshape(-1, *out.shape[2:])[vision.slots]
+
+        # A run of blocks of one kind is one scan: full attention in the listed blocks, windows in the others.
+        for is_full, run in groupby(range(self.config.depth), self.config.fullatt_block_indexes.__contains__):
+            indexes = list(run)
+            graph, weights = nnx.split(self.blocks)
+            blocks = nnx.merge(graph, jax.tree.map(lambda w, i=indexes: w[i[0] : i[-1] + 1], weights))
+            where = in_image if is_full else in_window
+            x, _ = scan_layers(blocks, x, lambda block, x, _, a=where: (block(x, angles, a), None), remat=remat)
+        return self.merger(x)

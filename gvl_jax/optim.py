@@ -1,0 +1,41 @@
+"""AdamW as the paper uses it. The learning rate is an argument of the update, so a compiled step sees each new one."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gvl_jax.config import Optim
+
+
+def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
+    """The rate of step 0 … total_steps - 1: a linear warm-up, then the schedule, which a cosine ends at 0."""
+    if step < optim.warmup_steps:
+        return optim.peak_lr * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.peak_lr
+    done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    return optim.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def optimizer(optim: Optim) -> optax.GradientTransformation:
+    """Clipped gradient → direction; `apply_updates` scales it by the learning rate. Moments in fp32."""
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        optax.scale_by_adam(optim.b1, optim.b2),
+        optax.add_decayed_weights(optim.weight_decay),
+    )
+
+
+def apply_updates(optim: Optim, params: dict, opt_state, grads: dict, rate):
+    """One AdamW step on `params`. → (params, opt_state, gradient norm before clipping)."""
+    updates, opt_state = optimizer(optim).update(grads, opt_state, params)
+    params = jax.tree.map(lambda p, u: p - jnp.asarray(rate, p.dtype) * u, params, updates)
+    return params, opt_state, optax.global_norm(grads)
+
+
+def split_trained(params: dict, trained: str) -> tuple[dict, dict]:
+    """params → (trained, frozen) by their first key: "language" keeps the vision tower and its merger as they are."""
+    frozen = {"visual"} if trained == "language" else set()
+    return {k: v for k, v in params.items() if k not in frozen}, {k: v for k, v in params.items() if k in frozen}

@@ -1,0 +1,150 @@
+"""Completions: the prompts' keys and values once, a group of rollouts on each, and a stop that reads bytes.
+
+`generate` is one compiled function per shape; `complete` feeds it examples of any length, in order.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gvl_jax.config import Buckets, Sampling
+from gvl_jax.data.packing import pack_prompts
+from gvl_jax.models.qwen_vl.config import QwenVLConfig
+from gvl_jax.models.qwen_vl.model import bind
+from gvl_jax.types import Array, Batch, Example, Rollout
+
+RUNNING, END_TOKEN, VERDICT, BUDGET = range(4)  # why a completion stopped
+VERDICT_END = b"</result>"
+
+
+class Vocabulary(NamedTuple):
+    """What the sampler knows of each id."""
+
+    banned: Array  # bool[V] never drawn: vision ids, role markers, ids without a token
+    end: Array  # bool[V] ends a completion
+    transition: Array  # u8[states, V] the automaton that reads `VERDICT_END` in the bytes of the tokens
+
+
+def vocabulary(tokenizer, vocab_size: int) -> Vocabulary:
+    """Tables for `generate`, from the bytes of every token.
+
+    The automaton's state is how many bytes of `VERDICT_END` have just been read, so a tag that is split over
+    tokens in any way is seen, and one that is whole inside a token too. Its last state is final.
+    """
+    pieces = tokenizer.token_bytes()
+    banned = np.ones(vocab_size, bool)
+    banned[: len(pieces)] = False
+    banned[list(tokenizer.banned_ids)] = True
+    end = np.zeros(vocab_size, bool)
+    end[[tokenizer.im_end, tokenizer.end_of_text]] = True
+
+    final = len(VERDICT_END)
+    byte_step = np.zeros((final + 1, 256), np.uint8)
+    for state in range(final):
+        for byte in range(256):
+            read = VERDICT_END[:state] + bytes([byte])
+            byte_step[state, byte] = next(n for n in range(state + 1, -1, -1) if read.endswith(VERDICT_END[:n]))
+    byte_step[final] = final
+    transition = np.repeat(np.arange(final + 1, dtype=np.uint8)[:, None], vocab_size, 1)
+    for token, piece in enumerate(pieces):
+        if not end[token]:
+            states = np.arange(final + 1)
+            for byte in piece:
+                states = byte_step[states, byte]
+            transition[:, token] = states
+    return Vocabulary(banned, end, transition)
+
+
+def truncate(logits, top_p: float, top_k: int):
+    """Mask all but the top_k ids, then all but the fewest ids whose probabilities reach top_p. logits f32[..., V]."""
+    if top_k:
+        kth = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p < 1:
+        ordered = -jnp.sort(-logits, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) - jax.nn.softmax(ordered, -1)
+        least = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "top_p", "top_k", "greedy"))
+def generate(
+    params,
+    batch: Batch,
+    keys,
+    temperature,
+    vocab: Vocabulary,
+    *,
+    config: QwenVLConfig,
+    max_new_tokens: int,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    greedy: bool = False,
+) -> Rollout:
+    """Prefill one prompt per row of `batch`, then decode R completions of each until all have stopped.
+
+    keys: random keys [B, R], one per completion; the draw depends on the key and the step alone, never on what
+    else is in the batch. A completion stops at an end token, when `</result>` is complete, or at the budget.
+    log-probs are those of softmax(logits / temperature) over allowed ids, before top-p and top-k; greedy ones of
+    temperature 1. Empty rows (segment 0) stop at once.
+    """
+    model = bind(config, params)
+    B, R = keys.shape
+    head = model.head_kernel().astype(config.dtype)
+    last, prompt = model.prefill(batch)
+    scale = 1.0 if greedy else temperature
+
+    def draw(hidden, step):
+        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32) / scale
+        logits = jnp.where(vocab.banned[None, None], -jnp.inf, logits)
+        choice = logits
+        if not greedy:
+            noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, step), logits.shape[-1:])))(keys)
+            choice = truncate(logits, top_p, top_k) + noise
+        token = jnp.argmax(choice, -1)
+        chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
+        return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, -1)
+
+    def running(state):
+        return (state["step"] < max_new_tokens) & jnp.any(state["stopped"] == RUNNING)
+
+    def body(state):
+        step, live = state["step"], state["stopped"] == RUNNING
+        token, logprob = draw(state["hidden"], step)
+        read = jnp.asarray(vocab.transition)[state["read"], token]
+        stopped = jnp.where(read == len(VERDICT_END), VERDICT, RUNNING)
+        stopped = jnp.where(jnp.asarray(vocab.end)[token], END_TOKEN, stopped)
+        hidden, cache = model.decode(token, prompt, state["cache"], step)
+        return {
+            "step": step + 1,
+            "hidden": hidden,
+            "cache": cache,
+            "read": jnp.where(live, read, state["read"]),
+            "stopped": jnp.where(live, stopped, state["stopped"]),
+            "lengths": state["lengths"] + live,
+            "tokens": lax.dynamic_update_slice(state["tokens"], jnp.where(live, token, 0)[..., None], (0, 0, step)),
+            "logprobs": lax.dynamic_update_slice(
+                state["logprobs"], jnp.where(live, logprob, 0.0)[..., None], (0, 0, step)
+            ),
+        }
+
+    empty = jnp.broadcast_to(~prompt.mask.any(1)[:, None], (B, R))
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "hidden": jnp.broadcast_to(last[:, None], (B, R, last.shape[-1])),
+        "cache": model.empty_cache(B, R, max_new_tokens),
+        "read": jnp.zeros((B, R), jnp.uint8),
+        "stopped": jnp.where(empty, BUDGET, RUNNING),
+        "lengths": jnp.zeros((B, R), jnp.int32),
+        "tokens": jnp.zeros((B, R, max_new_tokens), jnp.int32),
+        "logprobs": jnp.zeros((B, R, max_new_tokens), jnp.float32),
+    }
+    state = lax.while_loop(running, body, state)
+    stopped = jnp.where(state["stopped"] == RUNNING, BUDGET, state["stopped"])
+    return Rollout(state["tokens"], state["logprobs"], state["lengths"], stopped)
