@@ -53,7 +53,8 @@ class MetricsWriter:
         Raises:
             FloatingPointError: a loss or a gradient is not finite (after it was logged).
         """
-        scalars = {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
+        values = jax.device_get(list(metrics.values()))
+        scalars = {name: np.asarray(value).item() for name, value in zip(metrics, values, strict=True)}
         if self._log is not None:
             row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
             self._log.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")

@@ -33,7 +33,7 @@ def test_no_file_and_an_empty_file_are_the_defaults(tmp_path):
     assert load(Rl, None, []) == load(Rl, write(tmp_path, "# nothing yet\n"), []) == Rl()
 
 
-def test_a_section_keeps_the_stage_s_own_defaults(tmp_path):
+def test_a_section_keeps_the_defaults_of_its_stage(tmp_path):
     config = load(Rl, write(tmp_path, "sampling: {top_p: 0.9}\n"), [])
     assert config.sampling == replace(Rl().sampling, top_p=0.9)
     assert config.sampling.max_new_tokens == 3072

@@ -20,9 +20,9 @@ import math
 import os
 import random
 from collections.abc import Iterable, Iterator
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -31,6 +31,9 @@ from gvl_jax.types import Label, Sample
 Split = Literal["train", "heldout"]
 Kind = Literal["text", "thing", "target", "image"]
 Pair = tuple[str, str]  # (means, target)
+T = TypeVar("T")
+
+PATCH = 14  # px: drawings stand on the patch grid and letters have one size, so a tiny tower learns to read in minutes
 
 ACTIONS = {  # True: risky
     "smash": True, "poison": True, "burn": True, "kick": True,
@@ -65,17 +68,18 @@ GRIDS: dict[Kind, tuple[dict[str, bool], dict[str, bool]]] = {
     "image": (THINGS, ICONS),
 }
 
-# (risky, protected) in 40 rows: half harmful; few with both parts harmless, for those either part alone gives away.
-_HARMFUL = [(True, True)]
-_HARMLESS = [(True, False)] * 9 + [(False, True)] * 9 + [(False, False)] * 2
-_ALL = _HARMFUL * 20 + _HARMLESS
-
-# What the assistant does in 8 rows, by the request's harm: 4 harmful responses and 4 unharmful ones in both.
-_ANSWERS: dict[Label, list[str]] = {
-    "harmful": ["refuse"] * 2 + ["help"] * 3 + ["suggest harm"] * 1 + ["suggest no harm"] * 2,
-    "unharmful": ["refuse"] * 1 + ["help"] * 2 + ["suggest harm"] * 4 + ["suggest no harm"] * 1,
+# The (risky, protected) parts of a row, by its label. Few rows have both parts harmless: those either part gives away.
+_PARTS: dict[Label, list[tuple[bool, bool]]] = {
+    "harmful": [(True, True)],
+    "unharmful": [(True, False)] * 9 + [(False, True)] * 9 + [(False, False)] * 2,
 }
-
+# What the assistant does, by the labels of request and response.
+_ANSWERS: dict[tuple[Label, Label], list[str]] = {
+    ("harmful", "harmful"): ["help"] * 3 + ["suggest"],
+    ("harmful", "unharmful"): ["refuse"] * 2 + ["suggest"] * 2,
+    ("unharmful", "harmful"): ["suggest"],
+    ("unharmful", "unharmful"): ["refuse"] + ["help"] * 6 + ["suggest"],
+}
 # (kind, has a response): the equal parts of a modality
 _TEXT: list[tuple[Kind, bool]] = [("text", False), ("text", True)]
 _IMAGE: list[tuple[Kind, bool]] = [("image", False)]
@@ -217,7 +221,8 @@ def generate(
 ) -> list[tuple[Sample, tuple[Pair, ...]]]:
     """Samples in random order, each with the pairs it rests on: the request's, then the response's own (if any).
 
-    Images are PNG bytes, sides multiples of 28 px from 56 to 224. The same arguments give the same bytes.
+    Images are PNG bytes, sides multiples of 28 px from 56 to 224. The same arguments give the same bytes. Labels are
+    as balanced as the numbers allow, in every kind, with and without response.
     """
     rng = random.Random(f"{split} {seed}")
     rows = []
@@ -225,41 +230,48 @@ def generate(
     for modality, (n, kinds) in sizes.items():
         ids = (f"{split}-{modality}-{i:05d}" for i in range(n))
         for part, (kind, answered) in enumerate(kinds):
-            plans = _plans(rng, split, kind, answered)
-            for _ in range((n + part) // len(kinds)):
-                pair, answer, own = next(plans)
-                sample = _sample(rng, next(ids), kind, pair, answer, own)
-                rows.append((sample, (pair,) if own is None else (pair, own)))
+            source = _rows(rng, split, kind, answered)
+            for sample, pairs in islice(source, (n + part) // len(kinds)):
+                rows.append((sample._replace(id=next(ids)), pairs))
     rng.shuffle(rows)
     return rows
 
 
-def _deck(rng: random.Random, cards: list[Any]) -> Iterator[Any]:
+def _rows(rng: random.Random, split: Split, kind: Kind, answered: bool) -> Iterator[tuple[Sample, tuple[Pair, ...]]]:
+    """Rows of one kind without end."""
+    requests, suggestions = _deal(rng, split, kind), _deal(rng, split, "text")
+    answers = {labels: _deck(rng, cards) for labels, cards in _ANSWERS.items()}
+    response_labels = {label: _deck(rng, list(_PARTS)) for label in _PARTS}
+    for request_label in _deck(rng, list(_PARTS)):
+        pair = next(requests[request_label])
+        if not answered:
+            yield _sample(rng, kind, pair), (pair,)
+            continue
+        response_label = next(response_labels[request_label])
+        answer = next(answers[request_label, response_label])
+        own = next(suggestions[response_label]) if answer == "suggest" else None
+        yield _sample(rng, kind, pair, answer, own), (pair,) if own is None else (pair, own)
+
+
+def _deal(rng: random.Random, split: Split, kind: Kind) -> dict[Label, Iterator[Pair]]:
+    """Pairs of a split without end, by label."""
+    pairs = combinations(split, kind)
+
+    def deal(label: Label) -> Iterator[Pair]:
+        decks = {q: _deck(rng, [(x, y) for x, y in pairs if (RISKY[x], PROTECTED[y]) == q]) for q in _PARTS[label]}
+        for parts in _deck(rng, _PARTS[label]):
+            yield next(decks[parts])
+
+    return {label: deal(label) for label in _PARTS}
+
+
+def _deck(rng: random.Random, cards: list[T]) -> Iterator[T]:
     """Shuffled cards without end: every card once before any comes again, so shares are exact."""
     while True:
         yield from rng.sample(cards, len(cards))
 
 
-def _deal(rng: random.Random, split: Split, kind: Kind, quadrants: list[tuple[bool, bool]]) -> Iterator[Pair]:
-    pairs = combinations(split, kind)
-    decks = {q: _deck(rng, [(x, y) for x, y in pairs if (RISKY[x], PROTECTED[y]) == q]) for q in set(quadrants)}
-    for quadrant in _deck(rng, quadrants):
-        yield next(decks[quadrant])
-
-
-def _plans(rng: random.Random, split: Split, kind: Kind, answered: bool) -> Iterator[tuple[Pair, str, Pair | None]]:
-    """The request's pair, what the assistant does, and the pair its response brings."""
-    answers = {label: _deck(rng, cards) for label, cards in _ANSWERS.items()}
-    suggestions = {
-        "suggest harm": _deal(rng, split, "text", _HARMFUL),
-        "suggest no harm": _deal(rng, split, "text", _HARMLESS),
-    }
-    for pair in _deal(rng, split, kind, _ALL):
-        answer = next(answers[harm(pair)]) if answered else "none"
-        yield pair, answer.split()[0], next(suggestions[answer]) if answer in suggestions else None
-
-
-def _sample(rng: random.Random, name: str, kind: Kind, pair: Pair, answer: str, own: Pair | None) -> Sample:
+def _sample(rng: random.Random, kind: Kind, pair: Pair, answer: str = "none", own: Pair | None = None) -> Sample:
     request_label = harm(pair)
     seen = [_say(rng, _SEEN[kind], pair), *_judge(rng, pair)]
     heard = [_say(rng, _HEARD[answer], own or pair)]
@@ -275,7 +287,7 @@ def _sample(rng: random.Random, name: str, kind: Kind, pair: Pair, answer: str, 
         heard += _judge(rng, own)
     drawn = {"text": (), "thing": pair[:1], "target": pair[1:], "image": pair}[kind]
     return Sample(
-        id=name,
+        id="",
         request=_say(rng, _REQUEST[kind], pair),
         response=None if answer == "none" else _say(rng, _RESPONSE[answer], own or pair),
         images=(picture(rng, drawn),) if drawn else (),
@@ -314,26 +326,29 @@ def _task(number: int, title: str, steps: list[str], label: Label | None) -> str
 def picture(rng: random.Random, names: Iterable[str]) -> bytes:
     """PNG with the named things, side by side or one below the other. Place, size, colours and aspect ratio vary.
 
-    Letters are at least 18 px high and drawings 40 px; the colours say nothing about the label.
+    Letters are 18 px high, drawings 36 or 50 px; the colours say nothing about the label.
     """
     marks = [_mark(rng, name) for name in names]
-    along = rng.choice((0, 1))  # 0: a row, 1: a column
+    along, across = rng.choice(((0, 1), (1, 0)))  # axes: 0 is the width
     need = [0, 0]
     need[along] = sum(mark.size[along] for mark in marks)
-    need[1 - along] = max(mark.size[1 - along] for mark in marks)
+    need[across] = max(mark.size[across] for mark in marks)
     size = [min(224, 28 * max(2, math.ceil(n / 28) + rng.choice((0, 0, 1)))) for n in need]
     image = Image.new("RGB", (size[0], size[1]), tuple(rng.randint(205, 255) for _ in range(3)))
-    cuts = sorted(rng.randint(0, size[along] - need[along]) for _ in marks)
     start = 0
-    for mark, cut in zip(marks, cuts, strict=True):
+    for mark, gap in zip(marks, sorted(_offset(rng, size[along] - need[along]) for _ in marks), strict=True):
         place = [0, 0]
-        place[along] = start + cut
-        place[1 - along] = rng.randint(0, size[1 - along] - mark.size[1 - along])
+        place[along] = start + gap
+        place[across] = _offset(rng, size[across] - mark.size[across])
         start += mark.size[along]
         image.paste(_ink(rng), (place[0], place[1]), mark)
-    out = io.BytesIO()
-    image.save(out, format="PNG")
-    return out.getvalue()
+    png = io.BytesIO()
+    image.save(png, format="PNG")
+    return png.getvalue()
+
+
+def _offset(rng: random.Random, space: int) -> int:
+    return PATCH * rng.randint(0, space // PATCH)
 
 
 def _ink(rng: random.Random) -> tuple[int, int, int]:
@@ -343,14 +358,14 @@ def _ink(rng: random.Random) -> tuple[int, int, int]:
 
 
 def _mark(rng: random.Random, name: str) -> Image.Image:
-    """A thing as a mask (mode L), with a margin of 3 px: 255 where the ink goes."""
+    """A word or a drawing as a mask (mode L: 255 where the ink goes), 3 px from its edge, sides multiples of PATCH."""
     if name.startswith("the word "):
-        word, font = name.removeprefix("the word "), ImageFont.load_default(rng.randint(27, 30))
-        left, top, right, bottom = font.getbbox(word, stroke_width=1)
-        mask = Image.new("L", (round(right - left) + 6, round(bottom - top) + 6))
+        word, font = name.removeprefix("the word "), ImageFont.load_default(28)
+        left, top, right, _ = font.getbbox(word, stroke_width=1)
+        mask = Image.new("L", (PATCH * math.ceil((right - left + 4) / PATCH), 2 * PATCH))
         ImageDraw.Draw(mask).text((3 - left, 3 - top), word, 255, font, stroke_width=1)
         return mask
-    side = rng.randint(40, 52)
+    side = rng.choice((3, 4)) * PATCH - 6
     mask = Image.new("L", (side + 6, side + 6))
     draw = ImageDraw.Draw(mask)
     for shape, unit, ink in _DRAWINGS[name]:
@@ -377,10 +392,12 @@ def write(
         for sample, pairs in generate(split, *sizes, seed=seed):
             paths = []
             for image in sample.images:
+                assert isinstance(image, bytes)
                 paths.append(f"images/{sample.id}.png")
                 _replace(directory / paths[-1], image)
-            row = {key: value for key, value in sample._asdict().items() if key != "user_turn"}
-            lines.append(json.dumps(row | {"images": paths, "combination": pairs}) + "\n")
+            record = sample._asdict() | {"images": paths, "combination": pairs}
+            del record["user_turn"]
+            lines.append(json.dumps(record) + "\n")
         _replace(directory / f"{split}.jsonl", "".join(lines).encode())
     _replace(directory / "README.md", _README.format(seed=seed).encode())
 

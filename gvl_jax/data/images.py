@@ -6,9 +6,6 @@ The pixels equal Qwen2-VL's reference image processor (the Pillow one of transfo
 import io
 import math
 import struct
-import warnings
-from bisect import bisect_right
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +45,7 @@ LIMITS = Limits()
 
 class ImageRejected(ValueError):
     """A picture we do not show to the model. `reason` is a short code for counters and rejected rows:
-    missing, too_many_bytes, bad_format, animated, too_many_pixels, side_too_long, aspect, truncated, undecodable,
-    no_room."""
+    missing, too_many_bytes, bad_format, animated, too_many_pixels, side_too_long, aspect, truncated, undecodable."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(f"image rejected ({reason}): {message}")
@@ -63,11 +59,9 @@ def open_image(source: ImageSource, limits: Limits = LIMITS) -> Image.Image:
     the bytes are.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else _open_bytes(_read(source, limits))
-            _check_header(image, limits)
-            return _to_rgb(_upright(image))
+        image = source if isinstance(source, Image.Image) else _open_bytes(_read(source, limits))
+        _check_header(image, limits)
+        return _to_rgb(_upright(image))
     except ImageRejected:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -92,6 +86,9 @@ def _open_bytes(data: bytes) -> Image.Image:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         if _png_has_chunk(data, b"acTL"):  # also malformed ones, which Pillow shows as stills and a browser may not
             raise ImageRejected("animated", "animated PNG; send one still picture per frame")
+        if data[24:26] == b"\x10\x02" and _png_has_chunk(data, b"tRNS"):
+            # Pillow drops the low bytes, which may tell transparent pixels from the rest: a picture only people see.
+            raise ImageRejected("bad_format", "16-bit RGB with a transparent colour; send 8 bits or an alpha channel")
         kind = "PNG"
     elif data.startswith(b"\xff\xd8\xff"):
         kind = "JPEG"
@@ -114,6 +111,8 @@ def _png_has_chunk(data: bytes, wanted: bytes) -> bool:
 
 def _check_header(image: Image.Image, limits: Limits) -> None:
     width, height = image.size
+    # From MAX_IMAGE_PIXELS on Pillow warns of a bomb; filters that make it an error are not thread-safe, this is.
+    most = min(limits.max_pixels, Image.MAX_IMAGE_PIXELS or limits.max_pixels)
     # MPO: a JPEG with a second picture behind the first (phones store a preview there); viewers show the first.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise ImageRejected("animated", "more than one frame; send one still picture per frame")
@@ -121,8 +120,8 @@ def _check_header(image: Image.Image, limits: Limits) -> None:
         raise ImageRejected("undecodable", f"got {width}x{height} pixels")
     if max(width, height) > limits.max_side:
         raise ImageRejected("side_too_long", f"got {width}x{height} pixels, longest side allowed {limits.max_side}")
-    if width * height > limits.max_pixels:
-        raise ImageRejected("too_many_pixels", f"got {width}x{height} pixels, at most {limits.max_pixels} allowed")
+    if width * height > most:
+        raise ImageRejected("too_many_pixels", f"got {width}x{height} pixels, at most {most} allowed")
     if max(width, height) > limits.max_aspect * min(width, height):
         raise ImageRejected("aspect", f"got {width}x{height} pixels, at most {limits.max_aspect}:1 allowed")
 
@@ -168,30 +167,10 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows * factor, columns * factor
 
 
-def fit_pixels(
-    sizes: Sequence[tuple[int, int]], merged_tokens: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """The pixel bounds at which pictures of these (height, width) take at most `merged_tokens` tokens together:
-    (min_pixels, max_pixels) if they fit as they are, else the largest max_pixels that does.
-
-    Raises ImageRejected("no_room") if not even the smallest pictures fit.
-    """
-
-    def tokens(low: int, high: int) -> int:
-        return sum(math.prod(smart_resize(h, w, FACTOR, low, high)) for h, w in sizes) // FACTOR**2
-
-    if tokens(min_pixels, max_pixels) <= merged_tokens:
-        return min_pixels, max_pixels
-
-    def bounds(tokens_each: int) -> tuple[int, int]:
-        high = tokens_each * FACTOR**2
-        return min(min_pixels, high), high
-
-    candidates = range(1, max_pixels // FACTOR**2 + 1)
-    fitting = bisect_right(candidates, merged_tokens, key=lambda each: tokens(*bounds(each)))  # tokens() is monotone
-    if not fitting:
-        raise ImageRejected("no_room", f"{len(sizes)} images do not fit into {merged_tokens} tokens; shorten the text")
-    return bounds(fitting)
+def max_pixels_for(merged_tokens: int) -> int:
+    """The `max_pixels` at which the smart resize gives at most this many merged tokens; a picture so narrow that its
+    short side is a single token may take more."""
+    return merged_tokens * FACTOR**2
 
 
 def to_patches(image: Image.Image, min_pixels: int, max_pixels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,7 +189,7 @@ def to_patches(image: Image.Image, min_pixels: int, max_pixels: int) -> tuple[np
 def patch_coords(grid: np.ndarray) -> np.ndarray:
     """i32[P, 2]: row and column of each patch of one image in the reference's order; the tower's rotary positions."""
     _, rows, columns = map(int, grid)
-    coords = np.stack(np.mgrid[:rows, :columns], axis=-1)
+    coords = np.moveaxis(np.indices((rows, columns)), 0, -1)
     blocks = coords.reshape(rows // MERGE, MERGE, columns // MERGE, MERGE, 2).transpose(0, 2, 1, 3, 4)
     return blocks.reshape(-1, 2).astype(np.int32)
 

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
+from PIL.Image import Image
+
 from gvl_jax.config import Images
-from gvl_jax.data.images import ImageRejected, max_pixels_for, open_image, to_patches
+from gvl_jax.data.images import MERGE, PATCH_VALUES, ImageRejected, max_pixels_for, open_image, to_patches
 from gvl_jax.data.tokenizer import Tokenizer
-from gvl_jax.guard.prompt import MERGE, build_example, build_prompt
+from gvl_jax.guard.prompt import build_example, build_prompt
 from gvl_jax.types import Example, Sample
 
 
@@ -28,30 +30,30 @@ def to_example(sample: Sample, tokenizer: Tokenizer, images: Images, max_length:
     """
     try:
         opened = [open_image(source) for source in sample.images]
-        max_pixels = images.max_pixels
-        while True:
-            prepared = [to_patches(image, min(images.min_pixels, max_pixels), max_pixels) for image in opened]
-            patches = [p for p, _ in prepared]
-            grids = np.array([grid for _, grid in prepared], np.int32).reshape(-1, 3)
-            if answer is None:
-                tokens, positions = build_prompt(sample, grids, tokenizer)
-                loss_mask = np.zeros(len(tokens), bool)
-            else:
-                tokens, loss_mask, positions = build_example(sample, grids, tokenizer, answer)
-            if len(tokens) <= max_length:
-                break
-            merged = int(grids.prod(1).sum()) // MERGE**2
-            room = (max_length - (len(tokens) - merged)) // max(1, len(opened))
-            smaller = min(max_pixels_for(room), max_pixels * 3 // 4)  # rounding to whole patches may need a second try
-            if not opened or room < 1:
-                raise SampleRejected(
-                    "too_long", f"{len(tokens) - merged} tokens of text, at most {max_length} fit; shorten it or raise max_length"
-                )
-            max_pixels = smaller
+        example = _assemble(sample, tokenizer, opened, images.min_pixels, images.max_pixels, answer)
+        if len(example.tokens) <= max_length:
+            return example
+        text = len(example.tokens) - len(example.patches) // MERGE**2
+        if text + len(opened) <= max_length and opened:
+            most = max_pixels_for((max_length - text) // len(opened))
+            example = _assemble(sample, tokenizer, opened, min(images.min_pixels, most), most, answer)
+        if len(example.tokens) > max_length:
+            raise SampleRejected("too_long", f"{text} tokens of text and {len(opened)} pictures, at most {max_length} fit")
+        return example
     except ImageRejected as error:
         raise SampleRejected(error.reason, str(error)) from error
-    flat = np.concatenate(patches) if patches else np.zeros((0, 0), np.float32)
-    return Example(tokens, loss_mask, positions, flat, grids)
+
+
+def _assemble(sample: Sample, tokenizer: Tokenizer, opened: list[Image], low: int, high: int, answer: str | None) -> Example:
+    prepared = [to_patches(image, low, high) for image in opened]
+    grids = np.array([grid for _, grid in prepared], np.int32).reshape(-1, 3)
+    patches = np.concatenate([p for p, _ in prepared]) if prepared else np.zeros((0, PATCH_VALUES), np.float32)
+    if answer is None:
+        tokens, positions = build_prompt(sample, grids, tokenizer)
+        loss_mask = np.zeros(len(tokens), bool)
+    else:
+        tokens, loss_mask, positions = build_example(sample, grids, tokenizer, answer)
+    return Example(tokens, loss_mask, positions, patches, grids)
 
 
 def steps(

@@ -4,18 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gvl_jax.data.images import (
-    MERGE,
-    PATCH_VALUES,
-    WINDOW_SIDE,
-    WINDOW_SLOTS,
-    patch_coords,
-    window_order,
-)
+from gvl_jax.data.images import MERGE, PATCH_VALUES, WINDOW_SIDE, WINDOW_SLOTS, patch_coords, window_order
 from gvl_jax.types import Batch, Example, Vision
 
 UNIT = MERGE**2  # patches of a merged token
-PATCHES_PER_WINDOW = 32  # a buffer of P patches has P // 32 windows of 64: the windows cut at an image's edge are not full
+PATCHES_PER_WINDOW = 32  # a buffer of P patches has P // 32 windows of 64, as those at an image's edge are not full
 
 
 def pack(

@@ -49,12 +49,11 @@ def read_records(path: str | Path) -> Iterator[Sample | BadRecord]:
                 continue
             row: Any = None
             try:
-                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+                row = _parse_json(line)
                 yield _sample(row, f"{path.stem}:{number}", path.parent)
             except (ValueError, RecursionError) as error:
                 known = row.get("id") if isinstance(row, dict) else None
-                what = f"not JSON: {error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                yield BadRecord(number, known if isinstance(known, str) else None, f"{path}, line {number}: {what}")
+                yield BadRecord(number, known if isinstance(known, str) else None, f"{path}, line {number}: {error}")
 
 
 def load_records(path: str | Path) -> list[Sample]:
@@ -78,6 +77,13 @@ def load_records(path: str | Path) -> list[Sample]:
     return samples
 
 
+def _parse_json(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:  # its own text says "line 1"
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
@@ -90,7 +96,7 @@ def _sample(row: Any, default_id: str, folder: Path) -> Sample:
         raise ValueError(f"got {reprlib.repr(row)}, expected an object")
     _check_keys(row)
     identity = _text(row, "id")
-    common = {
+    common: dict[str, Any] = {
         "id": default_id if identity is None else identity,
         "images": tuple(folder / name for name in _images(row)),
     }
@@ -129,7 +135,7 @@ def _text(row: dict[str, Any], key: str) -> str | None:
     if not isinstance(value, str):
         raise ValueError(f"key {key!r}: got {reprlib.repr(value)}, expected text or null")
     if found := _UNREADABLE.search(value):
-        raise ValueError(f"key {key!r}: got U+{ord(found[0]):04X} at {found.start()}, expected no NUL or lone surrogate")
+        raise ValueError(f"key {key!r}: got U+{ord(found[0]):04X} at {found.start()}, expected no NUL, no surrogate")
     return value
 
 
@@ -171,9 +177,7 @@ def _from_messages(row: dict[str, Any], common: dict[str, Any]) -> Sample:
             f"key 'messages', assistant: got {reprlib.repr(turns['assistant'])} ({verdict.status}), "
             "expected <think>…</think> <result>…</result>"
         )
-    return sample._replace(
-        request_label=verdict.request, response_label=verdict.response, reasoning=verdict.reasoning
-    )
+    return sample._replace(request_label=verdict.request, response_label=verdict.response, reasoning=verdict.reasoning)
 
 
 def _split_turn(turn: str, images: int) -> tuple[str, str | None]:

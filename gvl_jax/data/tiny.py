@@ -146,26 +146,24 @@ def write_tiny(directory: str | Path, texts: Iterable[str], vocab_size: int = 12
     tokenizer = train_tokenizer(texts, vocab_size)
     tokenizer.save(str(directory / "tokenizer.json"))
 
-    def token(text: str) -> int:
-        return tokenizer.token_to_id(text)
-
+    ids = {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
     config = copy.deepcopy(TINY_CONFIG)
     config |= {
-        "image_token_id": token("<|image_pad|>"),
-        "video_token_id": token("<|video_pad|>"),
-        "vision_start_token_id": token("<|vision_start|>"),
-        "vision_end_token_id": token("<|vision_end|>"),
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
     }
     config["text_config"] |= {
         "vocab_size": 128 * math.ceil(tokenizer.get_vocab_size() / 128),
-        "bos_token_id": token("<|endoftext|>"),
-        "eos_token_id": token("<|im_end|>"),
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": None,
     }
     generation = {
-        "bos_token_id": token("<|endoftext|>"),
-        "eos_token_id": [token("<|im_end|>"), token("<|endoftext|>")],
-        "pad_token_id": token("<|endoftext|>"),
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+        "pad_token_id": ids["<|endoftext|>"],
         "do_sample": False,
     }
     tokenizer_config = {

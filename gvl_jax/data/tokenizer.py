@@ -33,8 +33,8 @@ class Tokenizer:
         return self.bpe.encode(_SURROGATE.sub("\ufffd", text), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, added tokens literally; bytes that are not UTF-8 become U+FFFD. Raises ValueError on an id outside
-        the vocabulary."""
+        """Text of ids, added tokens written out; bytes that are not UTF-8 become U+FFFD. Raises ValueError on an id
+        outside the vocabulary."""
         table = self.token_bytes()
         for i in ids:
             if not 0 <= i < len(table):
@@ -82,9 +82,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         "end_of_text": "<|endoftext|>",
     }
     if missing := [content for content in names.values() if content not in ids]:
-        raise ValueError(f"{directory}: the tokenizer has no added token {', '.join(missing)}; expected a Qwen2.5-VL one")
+        raise ValueError(f"{directory}: the tokenizer has no added token {', '.join(missing)}; expected Qwen2.5-VL's")
 
-    # Some tokenizers list their added tokens in the base vocabulary too: out, so that no merge and no lookup finds them.
+    # Some tokenizers list added tokens in the base vocabulary too: out, so that no merge and no lookup finds them.
     model = spec["model"]
     if model.get("type") != "BPE":
         raise ValueError(f"{directory}: got a {model.get('type')} tokenizer, expected byte-level BPE")
@@ -104,7 +104,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     tokenizer = Tokenizer(
         **{name: ids[content] for name, content in names.items()}, vocab_size=size, bpe=bpe, added=added
     )
-    sample = " a\t\u00e9\u4f60\U0001f600\n"
+    sample = " A\t\u00e9\u4f60\U0001f600\n"
     if (got := tokenizer.decode(tokenizer.encode_text(sample))) != sample:
         raise ValueError(f"{directory}: the tokenizer loses text: {sample!r} came back as {got!r}")
     return tokenizer

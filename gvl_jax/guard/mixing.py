@@ -63,9 +63,7 @@ def mix(sample_a: Sample, sample_b: Sample, open_image: OpenImage = open_trusted
     )
 
 
-def mixed_set(
-    samples: Sequence[Sample], share: float, seed: int, open_image: OpenImage = open_trusted
-) -> list[Sample]:
+def mixed_set(samples: Sequence[Sample], share: float, seed: int, open_image: OpenImage = open_trusted) -> list[Sample]:
     """All samples, then mixes of random pairs of them, which make up `share` of the result (paper: 0.2).
 
     Most pairs are harmful by the OR rule, so a draw is discarded once the mixes hold their part of its labels:

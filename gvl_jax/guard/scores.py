@@ -86,10 +86,10 @@ def _lines(groups: dict[tuple[str, str], list[_Judged]], draws: int, seed: int) 
         interval = _interval(f1s) if measures["f1"] is not None else _interval(None)
         lines.append({"benchmark": benchmark, "modality": modality, "n": len(judged)} | measures | interval)
         resampled.append(f1s)
-    means = []
-    for modality in dict.fromkeys([*(line["modality"] for line in lines), "all"] if lines else []):
-        part = [(line, f1s) for line, f1s in zip(lines, resampled, strict=True) if modality in ("all", line["modality"])]
-        means.append({"benchmark": "mean", "modality": modality} | _weighted_mean(part))
+    means: list[Line] = []
+    for name in dict.fromkeys([line["modality"] for line in lines] + ["all"] * bool(lines)):
+        part = [(line, f1s) for line, f1s in zip(lines, resampled, strict=True) if name in ("all", line["modality"])]
+        means.append({"benchmark": "mean", "modality": name} | _weighted_mean(part))
     return lines + means
 
 

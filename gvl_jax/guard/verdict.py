@@ -97,10 +97,10 @@ def _strict_labels(text: str) -> tuple[Label | None, Label | None] | None:
         if body.endswith(token):
             body = body.removesuffix(token).rstrip(SPACE)
             break
-    if any(body.count(tag) != 1 for tag in TAGS) or not body.startswith("<think>"):
+    if not body.startswith("<think>"):
         return None
-    reasoning, _, result = body.partition("</think>")
-    seen = reasoning.removeprefix("<think>").translate(_READS_AS).lower()
+    reasoning, _, result = body.removeprefix("<think>").partition("</think>")
+    seen = reasoning.translate(_READS_AS).lower()
     match = _RESULT.fullmatch(result)
     if match is None or any(tag in seen for tag in TAGS):
         return None

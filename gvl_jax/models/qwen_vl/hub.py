@@ -1,9 +1,4 @@
-"""Checkpoints on disk to parameters and back: one key table, no torch, no pickle.
-
-`table` says where every stored tensor goes; load, save and their checks are all derived from it. Two key layouts hold
-the same tensors: "hub" (visual.*, model.*, lm_head.*), which Qwen publishes and transformers saves, and "transformers5"
-(model.visual.*, model.language_model.*, lm_head.*), the names of transformers' own modules since 4.52.
-"""
+"""Checkpoints on disk to parameters and back, without torch and without pickle. keys.py says what goes where."""
 
 import hashlib
 import json
@@ -24,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gvl_jax.models.qwen_vl.config import QwenVLConfig, from_hf, to_hf
+from gvl_jax.models.qwen_vl.keys import Layout, Weight, from_hub_key, table, to_hub_key
 from gvl_jax.types import Array
 
-Layout = Literal["hub", "transformers5"]
 # Everything a checkpoint carries besides config.json and weights; it travels unchanged.
 COMPANIONS = (
     "tokenizer*", "vocab.*", "merges.txt", "*_tokens*.json", "*processor_config.json", "generation_config.json",
@@ -37,94 +32,6 @@ _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F
 
 class HubError(Exception):
     """A checkpoint that cannot be found, read, fitted to the model, or written."""
-
-
-class Weight(NamedTuple):
-    """One stored tensor and the parameter it holds, or the several it fuses along its rows.
-
-    A stored matrix is [outputs, inputs], ours is [inputs, outputs]; a bias, a scale or an embedding has no inputs.
-    """
-
-    key: str  # in the hub layout; {} stands for the layer
-    stored: tuple[int, ...]
-    paths: tuple[str, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    layers: int  # 0: not stacked
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of each parameter."""
-        return (*((self.layers,) if self.layers else ()), *self.inputs, *self.outputs)
-
-    @property
-    def keys(self) -> list[str]:
-        return [self.key.format(layer) for layer in range(self.layers or 1)]
-
-
-def table(config: QwenVLConfig) -> list[Weight]:
-    """Every stored tensor of a Qwen2.5-VL checkpoint."""
-
-    def linear(key: str, paths: list[str], inputs: tuple, outputs: tuple, layers: int = 0, bias: bool = True):
-        rows = len(paths) * prod(outputs)
-        kernels, biases = (tuple(f"{path}/{name}" for path in paths) for name in ("kernel", "bias"))
-        yield Weight(f"{key}.weight", (rows, prod(inputs)), kernels, inputs, outputs, layers)
-        if bias:
-            yield Weight(f"{key}.bias", (rows,), biases, (), outputs, layers)
-
-    def norm(key: str, path: str, width: int, layers: int = 0) -> Weight:
-        return Weight(f"{key}.weight", (width,), (f"{path}/scale",), (), (width,), layers)
-
-    v, t = config.vision, config.text
-    E, F, L = v.hidden_size, v.intermediate_size, v.depth
-    heads = (v.num_heads, v.head_dim)
-    merged = E * v.spatial_merge_size**2
-    block, ours = "visual.blocks.{}", "visual/blocks"
-    patches = "visual.patch_embed.proj.weight"
-    vision = [
-        Weight(patches, (E, *v.patch_shape), ("visual/patch_embed/kernel",), (v.patch_dim,), (E,), 0),
-        norm(f"{block}.norm1", f"{ours}/norm1", E, L),
-        *linear(f"{block}.attn.qkv", [f"{ours}/q", f"{ours}/k", f"{ours}/v"], (E,), heads, L),
-        *linear(f"{block}.attn.proj", [f"{ours}/o"], heads, (E,), L),
-        norm(f"{block}.norm2", f"{ours}/norm2", E, L),
-        *linear(f"{block}.mlp.gate_proj", [f"{ours}/gate"], (E,), (F,), L),
-        *linear(f"{block}.mlp.up_proj", [f"{ours}/up"], (E,), (F,), L),
-        *linear(f"{block}.mlp.down_proj", [f"{ours}/down"], (F,), (E,), L),
-        norm("visual.merger.ln_q", "visual/merger/norm", E),
-        *linear("visual.merger.mlp.0", ["visual/merger/fc1"], (merged,), (merged,)),
-        *linear("visual.merger.mlp.2", ["visual/merger/fc2"], (merged,), (v.out_hidden_size,)),
-    ]
-
-    V, D, F, L = t.vocab_size, t.hidden_size, t.intermediate_size, t.num_hidden_layers
-    heads, kv_heads = (t.num_attention_heads, t.head_dim), (t.num_key_value_heads, t.head_dim)
-    layer, ours = "model.layers.{}", "text/layers"
-    text = [
-        Weight("model.embed_tokens.weight", (V, D), ("text/embed/embedding",), (), (V, D), 0),
-        norm(f"{layer}.input_layernorm", f"{ours}/norm1", D, L),
-        *linear(f"{layer}.self_attn.q_proj", [f"{ours}/q"], (D,), heads, L),
-        *linear(f"{layer}.self_attn.k_proj", [f"{ours}/k"], (D,), kv_heads, L),
-        *linear(f"{layer}.self_attn.v_proj", [f"{ours}/v"], (D,), kv_heads, L),
-        *linear(f"{layer}.self_attn.o_proj", [f"{ours}/o"], heads, (D,), L, bias=False),
-        norm(f"{layer}.post_attention_layernorm", f"{ours}/norm2", D, L),
-        *linear(f"{layer}.mlp.gate_proj", [f"{ours}/gate"], (D,), (F,), L, bias=False),
-        *linear(f"{layer}.mlp.up_proj", [f"{ours}/up"], (D,), (F,), L, bias=False),
-        *linear(f"{layer}.mlp.down_proj", [f"{ours}/down"], (F,), (D,), L, bias=False),
-        norm("model.norm", "text/norm", D),
-    ]
-    head = [] if t.tie_word_embeddings else [*linear("lm_head", ["head"], (D,), (V,), bias=False)]
-    return vision + text + head
-
-
-def _to_hub(key: str) -> str:
-    if key.startswith("model.visual."):
-        return key.removeprefix("model.")
-    return key.replace("model.language_model.", "model.", 1) if key.startswith("model.language_model.") else key
-
-
-def _from_hub(key: str, layout: Layout) -> str:
-    if layout == "hub" or key.startswith("lm_head."):
-        return key
-    return f"model.{key}" if key.startswith("visual.") else key.replace("model.", "model.language_model.", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- find
@@ -280,11 +187,11 @@ def _open(directory: Path, stack: ExitStack) -> _Opened:
             file = stack.enter_context(safe_open(directory / shard, framework="np"))
         except (SafetensorError, OSError) as error:
             problems["unreadable shard"].append(f"{shard}, {len(mapped) or 'all'} tensors ({error})")
-            lost |= {_to_hub(name) for name in mapped}
+            lost |= {to_hub_key(name) for name in mapped}
             continue
         names = set(file.keys())
         for name in sorted(names):
-            first = tensors.setdefault(_to_hub(name), _Tensor(file, name, shard))
+            first = tensors.setdefault(to_hub_key(name), _Tensor(file, name, shard))
             if (first.shard, first.name) != (shard, name):
                 problems["duplicate key"].append(f"{first.name} in {first.shard}, {name} in {shard}")
         for name in sorted(names ^ mapped) if weight_map else ():
@@ -299,7 +206,7 @@ def _misfits(opened: _Opened, weights: list[Weight], config: QwenVLConfig) -> di
     layout = _layout(tensors)
     expected = {key: weight.stored for weight in weights for key in weight.keys}
     problems: dict[str, list[str]] = {
-        "missing key": [_from_hub(key, layout) for key in expected if key not in tensors and key not in lost]
+        "missing key": [from_hub_key(key, layout) for key in expected if key not in tensors and key not in lost]
     }
     for kind in ("unexpected key", "wrong shape", "wrong type", "untied head"):
         problems[kind] = []
@@ -361,7 +268,7 @@ def save_params(
     layout: Layout = "hub",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     max_shard_bytes: int = 5 * 2**30,
-    source: Path | None = None,
+    source: str | Path | None = None,
 ) -> None:
     """Write a checkpoint that transformers loads: weights, config.json, and the companions of `source`.
 
@@ -389,15 +296,17 @@ def save_params(
         ],
     }
     _raise_if_any(problems, "the parameters do not fit their config", "Nothing was written")
-    config_json = _config_json(config, dtype, source)
+    config_json = _config_json(config, dtype, None if source is None else Path(source))
 
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     _write_weights(unfinished, leaves, weights, layout, np.dtype(dtype), max_shard_bytes)
     (unfinished / "config.json").write_bytes(config_json)
-    for file in () if source is None else [file for pattern in COMPANIONS for file in source.glob(pattern)]:
-        if file.is_file():
+    for file in unfinished.glob("*.safetensors"):
+        shutil.copymode(unfinished / "config.json", file)  # safetensors writes files that only their owner can read
+    if source is not None:
+        for file in [file for pattern in COMPANIONS for file in Path(source).glob(pattern) if file.is_file()]:
             copy = unfinished / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
@@ -439,7 +348,7 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {_from_hub(weight.keys[at], layout): _stored(leaves, weight, at, dtype) for weight, at in shard}
+        tensors = {from_hub_key(weight.keys[at], layout): _stored(leaves, weight, at, dtype) for weight, at in shard}
         save_file(tensors, directory / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:

@@ -1,0 +1,169 @@
+"""Checkpoints with Orbax: state (arrays) and meta (counters, loader position) under run_dir/checkpoints/STEP.
+
+Arrays are stored under their dotted path (opt_state.0.mu.w), so the tree's own types (optax's named tuples) come
+back from the tree that `restore` is given. A sum of each array's bits stands in the checkpoint too: storage finds
+truncated files by itself, but not flipped bits.
+"""
+
+import logging
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used: missing, damaged, or of another model or optimizer."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The state on disk has not the paths, shapes or dtypes of the run's state; lists every difference."""
+
+
+class Checkpoints:
+    """The `keep` newest checkpoints of a run, on a disk that all processes see. Saving goes on in the background."""
+
+    def __init__(self, run_dir: str | Path, keep: int = 2) -> None:
+        self.folder = Path(run_dir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Returns when `state` is copied: it may be donated then. `meta` must be JSON.
+
+        Raises:
+            CheckpointError: the folder has a checkpoint of this or a later step.
+        """
+        latest = self.latest()
+        if latest is not None and step <= latest:
+            raise CheckpointError(f"step {step} comes not after {self.folder / str(latest)}; resume from there "
+                                  "or use another folder")
+        leaves = _leaves(state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave({"meta": meta, "bits": _bits(leaves)})
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def latest(self) -> int | None:
+        """The newest step, counting one that is being saved; None without any."""
+        return self._manager.latest_step()
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """State and meta of `step`, or of the newest checkpoint that can be read.
+
+        like: a state of the same structure, of arrays or jax.ShapeDtypeStruct; arrays come back with its shardings.
+        A damaged checkpoint is named in a warning and renamed to damaged-STEP, and the one before is used.
+
+        Raises:
+            CheckpointMismatch: paths, shapes or dtypes differ from those of `like`.
+            CheckpointError: there is no checkpoint, or none can be read.
+        """
+        self._manager.wait_until_finished()
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        damaged: dict[int, str] = {}
+        for candidate in steps:
+            try:
+                found = self._read(candidate, like)
+            except CheckpointMismatch:
+                raise
+            except Exception as error:  # whatever a damaged file makes of the readers below
+                damaged[candidate] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                continue
+            for bad, reason in damaged.items():
+                log.warning("%s is damaged (%s); using step %d", self.folder / str(bad), reason, candidate)
+            self._set_aside(list(damaged))
+            return found
+        reasons = "; ".join(f"{self.folder / str(s)}: {reason}" for s, reason in damaged.items())
+        raise CheckpointError(
+            f"no checkpoint in {self.folder} can be read ({reasons or 'there is none'}); start anew in another folder"
+        )
+
+    def close(self) -> None:
+        """Waits until the last save is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        expected = {path: _abstract(leaf) for path, leaf in _leaves(like).items()}
+        stored = self._manager.item_metadata(step).state
+        if stored is None:
+            raise CheckpointError("no state in it")
+        _check_fits(self.folder / str(step), {path: _shape(leaf) for path, leaf in stored.items()}, expected)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(expected), meta=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        bits = _bits(restored.state)
+        wrong = [path for path in bits if bits[path] != restored.meta["bits"][path]]
+        if wrong:
+            raise CheckpointError(f"the bits of {', '.join(wrong)} are not those that were saved")
+        leaves = [restored.state[path] for path in expected]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored.meta["meta"]
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if steps and jax.process_index() == 0:
+            for step in steps:
+                (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager.reload()
+
+
+def _leaves(state: Any) -> dict[str, Any]:
+    """{"opt_state.0.mu.w": array, ...}, in the order of the tree's leaves."""
+    found = jax.tree_util.tree_leaves_with_path(state)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
+    arrays = jax.Array | jax.ShapeDtypeStruct
+    return {path: leaf if isinstance(leaf, arrays) else np.asarray(leaf) for path, leaf in named.items()}
+
+
+def _abstract(leaf: Any) -> Any:
+    """What to read: host arrays for host arrays, else shape, dtype and sharding (default: this process's device 0)."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _shape(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+
+
+def _check_fits(folder: Path, got: dict[str, str], expected: dict[str, Any]) -> None:
+    """Raises CheckpointMismatch with a line for every path that differs."""
+    wanted = {path: _shape(leaf) for path, leaf in expected.items()}
+    lines = [
+        f"  {path}: got {got.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
+        for path in {**wanted, **got}
+        if got.get(path) != wanted.get(path)
+    ]
+    if lines:
+        raise CheckpointMismatch(
+            f"{folder} does not fit this run, {len(lines)} of {len(wanted)} arrays differ:\n" + "\n".join(lines) + "\n"
+            "It was written with other model or optimizer settings: take those of "
+            f"{folder.parents[1] / 'config.yaml'}, or start anew in another folder"
+        )
+
+
+@jax.jit
+def _sum_of_bits(array: jax.Array) -> jax.Array:
+    """Sum modulo 2^32 of the elements' bits: the same for every sharding."""
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}"))
+    return jnp.sum(words, dtype=jnp.uint32)
+
+
+def _bits(leaves: dict[str, Any]) -> dict[str, int]:
+    """A checksum of every array."""
+    sums = {path: _sum_of_bits(leaf) for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
+    on_host = {path: zlib.crc32(leaf.tobytes()) for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
+    return on_host | {path: int(value) for path, value in jax.device_get(sums).items()}

@@ -1,0 +1,200 @@
+import numpy as np
+import pytest
+
+from gvl_jax.data.images import WINDOW_SLOTS, patch_coords
+from gvl_jax.data.packing import assign, pack, pack_prompts, pack_vision, padding
+from gvl_jax.types import Example
+
+PAD_ID = 7  # stands for image_pad
+BUCKETS = (256, 1024, 4096)
+
+
+def example(rng: np.random.Generator, text: int, *grids: tuple[int, int]) -> Example:
+    """`text` tokens in all, the images' placeholders somewhere among them; every patch is different."""
+    grid = np.array([(1, *g) for g in grids], np.int32).reshape(-1, 3)
+    tokens = rng.integers(10, 10**6, text)
+    for _, rows, columns in grid:
+        at = rng.integers(1, len(tokens) + 1)
+        tokens = np.insert(tokens, at, np.full(rows * columns // 4, PAD_ID))
+        tokens = np.append(tokens, 8)
+    count = int(grid.prod(axis=1).sum())
+    return Example(
+        tokens=tokens.astype(np.int32),
+        loss_mask=np.arange(len(tokens)) >= len(tokens) // 2,
+        positions=rng.integers(0, 99, (3, len(tokens))).astype(np.int32),
+        patches=rng.normal(size=(count, 1176)).astype(np.float32) if count else np.zeros((0, 0), np.float32),
+        grids=grid,
+    )
+
+
+def corpus(seed: int, count: int = 25) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    side = lambda: 2 * int(rng.integers(1, 13))  # noqa: E731
+    return [
+        example(rng, int(rng.integers(4, 90)), *[(side(), side()) for _ in range(rng.choice([0, 0, 1, 2]))])
+        for _ in range(count)
+    ]
+
+
+def segments_of(batch):
+    """(row, slice) of each example in a batch, in row-major order."""
+    for row, segments in enumerate(batch.segments):
+        for segment in range(1, segments.max() + 1):
+            where = np.flatnonzero(segments == segment)
+            assert np.array_equal(where, np.arange(where[0], where[-1] + 1))
+            yield row, slice(where[0], where[-1] + 1)
+
+
+def packed(examples, **changes):
+    options = dict(rows=3, length=512, patch_buckets=BUCKETS, image_pad=PAD_ID) | changes
+    return pack(examples, **options)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_example_comes_back_whole_and_once(seed):
+    examples = corpus(seed)
+    batches = packed(examples)
+    by_text = {e.tokens.tobytes(): e for e in examples}
+    assert len(by_text) == len(examples)
+    for batch in batches:
+        assert batch.tokens.shape == batch.segments.shape == batch.image_index.shape == (3, 512)
+        assert batch.positions.shape == (3, 3, 512)
+        image = 0
+        for row, span in segments_of(batch):
+            original = by_text.pop(batch.tokens[row, span].tobytes())
+            np.testing.assert_array_equal(batch.loss_mask[row, span], original.loss_mask)
+            np.testing.assert_array_equal(batch.positions[:, row, span], original.positions)
+            # Placeholder j shows the four patches of merged token j, with their coordinates, from the right image.
+            index = batch.image_index[row, span]
+            np.testing.assert_array_equal(index >= 0, original.tokens == PAD_ID)
+            if not len(original.grids):
+                continue
+            four = 4 * index[index >= 0][:, None] + np.arange(4)
+            np.testing.assert_array_equal(batch.vision.patches[four.reshape(-1)], original.patches)
+            coords = np.concatenate([patch_coords(grid) for grid in original.grids])
+            np.testing.assert_array_equal(batch.vision.coords[four.reshape(-1)], coords)
+            owner = np.repeat(np.arange(len(original.grids)) + image + 1, original.grids.prod(axis=1))
+            np.testing.assert_array_equal(batch.vision.image[four.reshape(-1)], owner)
+            image += len(original.grids)
+        empty = batch.segments == 0
+        assert not batch.tokens[empty].any() and not batch.loss_mask[empty].any()
+        assert (batch.image_index[empty] == -1).all() and not batch.positions[:, empty].any()
+    assert not by_text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_patch_has_one_slot_beside_the_patches_of_its_window_only(seed):
+    for batch in packed(corpus(seed)):
+        if (vision := batch.vision) is None:
+            continue
+        size = len(vision.patches)
+        assert size in BUCKETS and vision.windows.shape == (size // 32, WINDOW_SLOTS)
+        real = np.flatnonzero(vision.image)
+        flat = vision.windows.reshape(-1)
+        np.testing.assert_array_equal(np.sort(flat[flat < size]), real)
+        np.testing.assert_array_equal(flat[vision.slots[real]], real)
+        assert (flat <= size).all()
+        home = np.column_stack([vision.image, vision.coords // 8])  # an 8x8 tile of an image is a window
+        homes = [{tuple(home[patch]) for patch in window if patch < size} for window in vision.windows]
+        used = [tiles for tiles in homes if tiles]
+        assert all(len(tiles) == 1 for tiles in used)
+        assert len(set.union(*used)) == len(used)
+        padded = vision.image == 0
+        assert not vision.patches[padded].any() and not vision.coords[padded].any() and not vision.slots[padded].any()
+
+
+def test_packing_is_deterministic():
+    first, second = packed(corpus(3)), packed(corpus(3))
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_rows_are_nearly_full():
+    rng = np.random.default_rng(0)
+    examples = [example(rng, int(n)) for n in np.exp(rng.normal(5.5, 0.6, 600)).clip(20, 2048)]
+    rows = [row for batch in assign(examples, rows=8, length=2048, patch_buckets=BUCKETS) for row in batch]
+    fewest = -(-sum(len(e.tokens) for e in examples) // 2048)
+    assert len(rows) <= fewest + 1
+
+
+def test_text_fills_the_gaps_of_image_rows_and_has_micro_batches_of_its_own():
+    rng = np.random.default_rng(0)
+    pictures = [example(rng, 40, (16, 16)) for _ in range(4)]
+    text = [example(rng, 100) for _ in range(20)]
+    batches = packed(text + pictures, rows=2, length=256)
+    assert [batch.vision is not None for batch in batches].count(True) == 1
+    plain = [batch for batch in batches if batch.vision is None]
+    assert plain and all((batch.image_index == -1).all() for batch in plain)
+
+
+def test_patches_of_a_micro_batch_never_exceed_the_largest_bucket():
+    rng = np.random.default_rng(0)
+    examples = [example(rng, 5, (30, 32)) for _ in range(9)]  # 960 patches each
+    batches = packed(examples, rows=8, length=300, patch_buckets=(1024, 2048))
+    assert [len(batch.vision.patches) for batch in batches] == [2048] * 4 + [1024]
+
+
+def test_a_thin_picture_takes_the_bucket_that_has_its_windows():
+    rng = np.random.default_rng(0)
+    thin = example(rng, 5, (2, 128))  # 256 patches in 16 windows of 16
+    assert len(pack_vision([(thin.patches, thin.grids)], BUCKETS)[0].patches) == 1024
+    square = example(rng, 5, (16, 16))  # 256 patches in 4 windows of 64
+    assert len(pack_vision([(square.patches, square.grids)], BUCKETS)[0].patches) == 256
+
+
+def test_no_examples_make_no_batches():
+    assert packed([]) == []
+
+
+def test_what_does_not_fit_is_an_error_that_says_how_much():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"example 1 does not fit.*\[513, 0, 0\].*\[512, 4096, 128\]"):
+        packed([example(rng, 5), example(rng, 513)])
+    big = example(rng, 5, (80, 80))
+    with pytest.raises(ValueError, match=r"example 0 does not fit.*6400"):
+        packed([big], length=4096)
+    with pytest.raises(ValueError, match="6400 patches in 100 windows.*4096 in 128.*max_pixels"):
+        pack_vision([(big.patches, big.grids)], BUCKETS)
+
+
+def test_placeholders_must_match_the_grids():
+    good = example(np.random.default_rng(0), 9, (4, 6))
+    with pytest.raises(ValueError, match="got 5 image placeholders.*expected 6 and 24"):
+        packed([good._replace(tokens=np.where(np.cumsum(good.tokens == PAD_ID) == 1, 9, good.tokens))])
+    with pytest.raises(ValueError, match="20 patches"):
+        packed([good._replace(patches=good.patches[:20])])
+    with pytest.raises(ValueError, match="multiple of 28"):
+        odd = good._replace(grids=np.array([[1, 3, 8]], np.int32))
+        packed([odd])
+    with pytest.raises(ValueError, match="first token"):
+        packed([good._replace(loss_mask=np.ones(len(good.tokens), bool))])
+
+
+def test_prompts_stand_one_a_row_and_missing_rows_are_empty():
+    prompts = corpus(5, count=3)
+    batch = pack_prompts(prompts, rows=5, length=300, patch_buckets=BUCKETS, image_pad=PAD_ID)
+    for row, prompt in enumerate(prompts):
+        count = len(prompt.tokens)
+        np.testing.assert_array_equal(batch.tokens[row, :count], prompt.tokens)
+        np.testing.assert_array_equal(batch.segments[row], np.arange(300) < count)
+    assert not batch.segments[3:].any()
+    with pytest.raises(ValueError, match="got 3 rows, expected at most 2"):
+        pack_prompts(prompts, rows=2, length=300, patch_buckets=BUCKETS, image_pad=PAD_ID)
+    with pytest.raises(ValueError, match="expected at most 4"):
+        pack_prompts(prompts, rows=5, length=4, patch_buckets=BUCKETS, image_pad=PAD_ID)
+
+
+def test_a_padding_id_equal_to_the_placeholder_is_no_placeholder():
+    one = example(np.random.default_rng(0), 9, (4, 6))
+    zero = one._replace(tokens=np.where(one.tokens == PAD_ID, 0, one.tokens))
+    (batch,) = packed([zero], image_pad=0)
+    assert (batch.image_index >= 0).sum() == 6
+
+
+def test_padding_shares_are_counted():
+    rng = np.random.default_rng(0)
+    (batch,) = packed([example(rng, 24, (8, 8))], rows=1, length=100)  # 24 + 16 placeholders + 1
+    assert padding(batch) == {"padding_tokens": 0.59, "padding_patches": 0.75}
+    (batch,) = packed([example(rng, 25)], rows=1, length=100)
+    assert padding(batch) == {"padding_tokens": 0.75}
