@@ -323,7 +323,7 @@ def test_patches_are_the_pixels_of_merge_blocks_row_by_row():
 
 
 def test_windows_are_four_by_four_merged_tokens_and_cut_at_the_edge():
-    order, windows = window_order(np.array([1, 2 * 5, 2 * 6]))
+    order, windows = window_order(np.array([1, 2 * 5, 2 * 6]), 4)
     assert [len(window) for window in windows] == [16, 8, 4, 2]
     assert windows[0].tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19, 20, 21]
     assert windows[1].tolist() == [4, 5, 10, 11, 16, 17, 22, 23]

@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 
-from gvl_jax.data.images import WINDOW_SLOTS, patch_coords
-from gvl_jax.data.packing import assign, pack, pack_prompts, pack_vision, padding
+from gvl_jax.data.images import patch_coords
+from gvl_jax.data.packing import Layout, assign, pack, pack_prompts, pack_vision, padding
 from gvl_jax.types import Example
 
 PAD_ID = 7  # stands for image_pad
 BUCKETS = (256, 1024, 4096)
+LAYOUT = Layout(PAD_ID, BUCKETS)
 
 
 def example(rng: np.random.Generator, text: int, *grids: tuple[int, int]) -> Example:
@@ -46,7 +47,7 @@ def segments_of(batch):
 
 
 def packed(examples, **changes):
-    options = dict(rows=3, length=512, patch_buckets=BUCKETS, image_pad=PAD_ID) | changes
+    options = dict(rows=3, length=512, layout=LAYOUT) | changes
     return pack(examples, **options)
 
 
@@ -88,7 +89,7 @@ def test_every_patch_has_one_slot_beside_the_patches_of_its_window_only(seed):
         if (vision := batch.vision) is None:
             continue
         size = len(vision.patches)
-        assert size in BUCKETS and vision.windows.shape == (size // 32, WINDOW_SLOTS)
+        assert size in BUCKETS and vision.windows.shape == (size // 32, 64)
         real = np.flatnonzero(vision.image)
         flat = vision.windows.reshape(-1)
         np.testing.assert_array_equal(np.sort(flat[flat < size]), real)
@@ -113,7 +114,7 @@ def test_packing_is_deterministic():
 def test_rows_are_nearly_full():
     rng = np.random.default_rng(0)
     examples = [example(rng, int(n)) for n in np.exp(rng.normal(5.5, 0.6, 600)).clip(20, 2048)]
-    rows = [row for batch in assign(examples, rows=8, length=2048, patch_buckets=BUCKETS) for row in batch]
+    rows = [row for batch in assign(examples, rows=8, length=2048, layout=LAYOUT) for row in batch]
     fewest = -(-sum(len(e.tokens) for e in examples) // 2048)
     assert len(rows) <= fewest + 1
 
@@ -131,16 +132,16 @@ def test_text_fills_the_gaps_of_image_rows_and_has_micro_batches_of_its_own():
 def test_patches_of_a_micro_batch_never_exceed_the_largest_bucket():
     rng = np.random.default_rng(0)
     examples = [example(rng, 5, (30, 32)) for _ in range(9)]  # 960 patches each
-    batches = packed(examples, rows=8, length=300, patch_buckets=(1024, 2048))
+    batches = packed(examples, rows=8, length=300, layout=LAYOUT._replace(patch_buckets=(1024, 2048)))
     assert [len(batch.vision.patches) for batch in batches] == [2048] * 4 + [1024]
 
 
 def test_a_thin_picture_takes_the_bucket_that_has_its_windows():
     rng = np.random.default_rng(0)
     thin = example(rng, 5, (2, 128))  # 256 patches in 16 windows of 16
-    assert len(pack_vision([(thin.patches, thin.grids)], BUCKETS)[0].patches) == 1024
+    assert len(pack_vision([(thin.patches, thin.grids)], LAYOUT)[0].patches) == 1024
     square = example(rng, 5, (16, 16))  # 256 patches in 4 windows of 64
-    assert len(pack_vision([(square.patches, square.grids)], BUCKETS)[0].patches) == 256
+    assert len(pack_vision([(square.patches, square.grids)], LAYOUT)[0].patches) == 256
 
 
 def test_no_examples_make_no_batches():
@@ -155,7 +156,7 @@ def test_what_does_not_fit_is_an_error_that_says_how_much():
     with pytest.raises(ValueError, match=r"example 0 does not fit.*6400"):
         packed([big], length=4096)
     with pytest.raises(ValueError, match="6400 patches in 100 windows.*4096 in 128.*max_pixels"):
-        pack_vision([(big.patches, big.grids)], BUCKETS)
+        pack_vision([(big.patches, big.grids)], LAYOUT)
 
 
 def test_placeholders_must_match_the_grids():
@@ -173,22 +174,22 @@ def test_placeholders_must_match_the_grids():
 
 def test_prompts_stand_one_a_row_and_missing_rows_are_empty():
     prompts = corpus(5, count=3)
-    batch = pack_prompts(prompts, rows=5, length=300, patch_buckets=BUCKETS, image_pad=PAD_ID)
+    batch = pack_prompts(prompts, rows=5, length=300, layout=LAYOUT)
     for row, prompt in enumerate(prompts):
         count = len(prompt.tokens)
         np.testing.assert_array_equal(batch.tokens[row, :count], prompt.tokens)
         np.testing.assert_array_equal(batch.segments[row], np.arange(300) < count)
     assert not batch.segments[3:].any()
     with pytest.raises(ValueError, match="got 3 rows, expected at most 2"):
-        pack_prompts(prompts, rows=2, length=300, patch_buckets=BUCKETS, image_pad=PAD_ID)
+        pack_prompts(prompts, rows=2, length=300, layout=LAYOUT)
     with pytest.raises(ValueError, match="expected at most 4"):
-        pack_prompts(prompts, rows=5, length=4, patch_buckets=BUCKETS, image_pad=PAD_ID)
+        pack_prompts(prompts, rows=5, length=4, layout=LAYOUT)
 
 
 def test_a_padding_id_equal_to_the_placeholder_is_no_placeholder():
     one = example(np.random.default_rng(0), 9, (4, 6))
     zero = one._replace(tokens=np.where(one.tokens == PAD_ID, 0, one.tokens))
-    (batch,) = packed([zero], image_pad=0)
+    (batch,) = packed([zero], layout=LAYOUT._replace(image_pad=0))
     assert (batch.image_index >= 0).sum() == 6
 
 

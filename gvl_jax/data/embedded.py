@@ -68,7 +68,8 @@ GRIDS: dict[Kind, tuple[dict[str, bool], dict[str, bool]]] = {
     "image": (THINGS, ICONS),
 }
 
-# The (risky, protected) parts of a row, by its label. Few rows have both parts harmless: those either part gives away.
+# Which (means is risky, target is protected) makes which label, and how often. (False, False) is rare, since there
+# either part alone gives the label away.
 _PARTS: dict[Label, list[tuple[bool, bool]]] = {
     "harmful": [(True, True)],
     "unharmful": [(True, False)] * 9 + [(False, True)] * 9 + [(False, False)] * 2,

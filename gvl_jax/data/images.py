@@ -17,14 +17,11 @@ from gvl_jax.types import ImageSource
 PATCH = 14  # pixels of a patch's side
 MERGE = 2  # patches of a merged token's side
 TEMPORAL = 2  # a still picture is a film of two equal frames
-WINDOW = 112  # pixels of an attention window's side
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, R G B
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 FACTOR = PATCH * MERGE  # 28: both sides of a resized picture are multiples of it
 PATCH_VALUES = 3 * TEMPORAL * PATCH**2  # C = 1176
-WINDOW_SIDE = WINDOW // FACTOR  # 4 merged tokens
-WINDOW_SLOTS = (WINDOW // PATCH) ** 2  # U = 64 patches
 
 # Normalised value of each of the 256 levels, f32[3, 256]: rescaled in f64, rounded to f32, then normalised in f32.
 _LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)
@@ -194,14 +191,15 @@ def patch_coords(grid: np.ndarray) -> np.ndarray:
     return blocks.reshape(-1, 2).astype(np.int32)
 
 
-def window_order(grid: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+def window_order(grid: np.ndarray, side: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """One image's merged tokens (numbered in reading order) in window order, i32[M], and the same cut into its windows:
-    4x4 merged tokens, row by row, those at the right and lower edge smaller (Qwen2.5-VL's get_window_index)."""
+    `side` x `side` merged tokens, row by row, those at the right and lower edge smaller (Qwen2.5-VL's
+    get_window_index; side 4 in the released checkpoints: 112 px)."""
     _, rows, columns = map(int, grid)
     index = np.arange(rows * columns // MERGE**2, dtype=np.int32).reshape(rows // MERGE, columns // MERGE)
     windows = [
-        index[top : top + WINDOW_SIDE, left : left + WINDOW_SIDE].reshape(-1)
-        for top in range(0, index.shape[0], WINDOW_SIDE)
-        for left in range(0, index.shape[1], WINDOW_SIDE)
+        index[top : top + side, left : left + side].reshape(-1)
+        for top in range(0, index.shape[0], side)
+        for left in range(0, index.shape[1], side)
     ]
     return np.concatenate(windows), windows

@@ -1,46 +1,62 @@
 """Examples → micro-batches of fixed shape: packed rows, one patch buffer in window order, images gathered by index."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from gvl_jax.data.images import MERGE, PATCH_VALUES, WINDOW_SIDE, WINDOW_SLOTS, patch_coords, window_order
+from gvl_jax.data.images import FACTOR, MERGE, PATCH_VALUES, patch_coords, window_order
 from gvl_jax.types import Batch, Example, Vision
 
 UNIT = MERGE**2  # patches of a merged token
-PATCHES_PER_WINDOW = 32  # a buffer of P patches has P // 32 windows of 64, as those at an image's edge are not full
 
 
-def pack(
-    examples: Sequence[Example], *, rows: int, length: int, patch_buckets: Sequence[int], image_pad: int
-) -> list[Batch]:
+class Layout(NamedTuple):
+    """What packing must know of the model and of the run."""
+
+    image_pad: int  # the placeholder's id
+    patch_buckets: tuple[int, ...]  # sizes P of the patch buffer
+    window: int = 112  # pixels of an attention window's side, from the model's config
+
+    @property
+    def side(self) -> int:
+        """Merged tokens of a window's side."""
+        return self.window // FACTOR
+
+    @property
+    def slots(self) -> int:
+        """Patches of a whole window: U."""
+        return UNIT * self.side**2
+
+    def windows(self, patches: int) -> int:
+        """Windows W of a buffer of `patches`: twice what whole windows need, as those at an image's edge are not full."""
+        return max(1, 2 * patches // self.slots)
+
+
+def pack(examples: Sequence[Example], *, rows: int, length: int, layout: Layout) -> list[Batch]:
     """Every example exactly once, whole, in as few micro-batches of shape [rows, length] as first-fit-decreasing finds;
     the last rows may be empty. Raises ValueError if an example is longer than a row or its images exceed the largest
     bucket: such examples are shrunk or rejected before."""
     return [
-        _assemble([[examples[i] for i in row] for row in micro_batch], rows, length, patch_buckets, image_pad)
-        for micro_batch in assign(examples, rows=rows, length=length, patch_buckets=patch_buckets)
+        _assemble([[examples[i] for i in row] for row in micro_batch], rows, length, layout)
+        for micro_batch in assign(examples, rows=rows, length=length, layout=layout)
     ]
 
 
-def pack_prompts(
-    prompts: Sequence[Example], *, rows: int, length: int, patch_buckets: Sequence[int], image_pad: int
-) -> Batch:
+def pack_prompts(prompts: Sequence[Example], *, rows: int, length: int, layout: Layout) -> Batch:
     """One prompt a row, in order, right-padded to `length`; rows after the last prompt are empty (segment 0)."""
-    return _assemble([[prompt] for prompt in prompts], rows, length, patch_buckets, image_pad)
+    return _assemble([[prompt] for prompt in prompts], rows, length, layout)
 
 
-def assign(
-    examples: Sequence[Example], *, rows: int, length: int, patch_buckets: Sequence[int]
-) -> list[list[list[int]]]:
+def assign(examples: Sequence[Example], *, rows: int, length: int, layout: Layout) -> list[list[list[int]]]:
     """Which example stands where: micro-batches of rows of indices into `examples`. Deterministic.
 
     Examples with images are placed first and text fills their gaps; the rest of the text gets rows, and if possible
     micro-batches, of its own, for which the vision tower does not run.
     """
-    largest = max(patch_buckets)
-    capacity = np.array([length, largest, largest // PATCHES_PER_WINDOW])
-    sizes = np.array([(len(e.tokens), len(e.patches), _windows(e)) for e in examples]).reshape(-1, 3)
+    largest = max(layout.patch_buckets)
+    capacity = np.array([length, largest, layout.windows(largest)])
+    sizes = np.array([(len(e.tokens), len(e.patches), _windows(e, layout)) for e in examples]).reshape(-1, 3)
     for i, size in enumerate(sizes):
         if np.any(size > capacity):
             raise ValueError(
@@ -71,14 +87,12 @@ def _first_fit(order: list[int], sizes: np.ndarray, capacity: np.ndarray) -> lis
     return bins
 
 
-def _windows(example: Example) -> int:
-    side = MERGE * WINDOW_SIDE
+def _windows(example: Example, layout: Layout) -> int:
+    side = MERGE * layout.side
     return sum(-(-int(rows) // side) * -(-int(columns) // side) for _, rows, columns in example.grids)
 
 
-def _assemble(
-    packed: Sequence[Sequence[Example]], rows: int, length: int, patch_buckets: Sequence[int], image_pad: int
-) -> Batch:
+def _assemble(packed: Sequence[Sequence[Example]], rows: int, length: int, layout: Layout) -> Batch:
     if len(packed) > rows:
         raise ValueError(f"got {len(packed)} rows, expected at most {rows}; raise `prompts` or split them")
     tokens = np.zeros((rows, length), np.int32)
@@ -90,7 +104,7 @@ def _assemble(
             raise ValueError(f"row {row} has {total} tokens, expected at most {length}; use a longer bucket")
         start = 0
         for segment, example in enumerate(members, start=1):
-            _check(example, image_pad)
+            _check(example, layout.image_pad)
             span = slice(start, start + len(example.tokens))
             tokens[row, span] = example.tokens
             loss_mask[row, span] = example.loss_mask
@@ -102,8 +116,8 @@ def _assemble(
     vision = None
     images = [(example.patches, example.grids) for members in packed for example in members if len(example.grids)]
     if images:
-        vision, merged_index = pack_vision(images, patch_buckets)
-        image_index[(tokens == image_pad) & (segments > 0)] = merged_index
+        vision, merged_index = pack_vision(images, layout)
+        image_index[(tokens == layout.image_pad) & (segments > 0)] = merged_index
     return Batch(tokens, loss_mask, positions, segments, image_index, vision)
 
 
@@ -122,9 +136,7 @@ def _patches(grids: np.ndarray) -> int:
     return int(np.prod(grids, axis=1).sum())
 
 
-def pack_vision(
-    images: Sequence[tuple[np.ndarray, np.ndarray]], patch_buckets: Sequence[int]
-) -> tuple[Vision, np.ndarray]:
+def pack_vision(images: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout) -> tuple[Vision, np.ndarray]:
     """(patches f32[p, C], grids i32[n, 3]) of each example → one buffer of the smallest bucket that holds them, in
     window order, and i32[ΣM]: for each placeholder, image after image in reading order, where its merged token
     stands in the window-ordered buffer of merged tokens.
@@ -141,7 +153,7 @@ def pack_vision(
         for grid in grids:
             if grid[0] != 1 or grid[1] % MERGE or grid[2] % MERGE:
                 raise ValueError(f"grid {grid.tolist()} is not (1, even, even); resize to a multiple of 28 pixels")
-            order, windows = window_order(grid)
+            order, windows = window_order(grid, layout.side)
             count = UNIT * len(order)
             image_count += 1
             patches_in.append(_reorder(patches[start : start + count], order))
@@ -153,13 +165,13 @@ def pack_vision(
             start += count
 
     used = UNIT * merged_count
-    size = _bucket(used, len(window_sizes), patch_buckets)
+    size = _bucket(used, len(window_sizes), layout)
     sizes = np.array(window_sizes)
     window = np.repeat(np.arange(len(sizes)), sizes)  # of each patch
     place = np.arange(used) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each patch in its window
     slots = np.zeros(size, np.int32)
-    slots[:used] = window * WINDOW_SLOTS + place
-    table = np.full((size // PATCHES_PER_WINDOW, WINDOW_SLOTS), size, np.int32)
+    slots[:used] = window * layout.slots + place
+    table = np.full((layout.windows(size), layout.slots), size, np.int32)
     table.reshape(-1)[slots[:used]] = np.arange(used)
     vision = Vision(
         patches=_padded(np.concatenate(patches_in), size, PATCH_VALUES),
@@ -181,13 +193,14 @@ def _padded(values: np.ndarray, size: int, width: int) -> np.ndarray:
     return padded
 
 
-def _bucket(patches: int, windows: int, patch_buckets: Sequence[int]) -> int:
-    for size in sorted(patch_buckets):
-        if patches <= size and windows <= size // PATCHES_PER_WINDOW:
+def _bucket(patches: int, windows: int, layout: Layout) -> int:
+    for size in sorted(layout.patch_buckets):
+        if patches <= size and windows <= layout.windows(size):
             return size
+    largest = max(layout.patch_buckets)
     raise ValueError(
-        f"got {patches} patches in {windows} windows, the largest bucket holds {max(patch_buckets)} in "
-        f"{max(patch_buckets) // PATCHES_PER_WINDOW}; lower images.max_pixels or raise buckets.patches"
+        f"got {patches} patches in {windows} windows, the largest bucket holds {largest} in "
+        f"{layout.windows(largest)}; lower images.max_pixels or raise buckets.patches"
     )
 
 

@@ -62,7 +62,7 @@ def test_the_smart_resize_equals_the_reference_for_all_sizes_and_bounds():
 def test_windows_and_coordinates_equal_the_reference(grid):
     grid = np.array([1, *grid])
     index, borders = get_vision_window_index(torch.tensor(grid)[None], 2, 112, 14)
-    order, windows = window_order(grid)
+    order, windows = window_order(grid, 4)
     np.testing.assert_array_equal(order, index)
     np.testing.assert_array_equal(np.cumsum([4 * len(window) for window in windows]), borders[1:])
     np.testing.assert_array_equal(patch_coords(grid), get_vision_position_ids(torch.tensor(grid)[None], 2))

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from gvl_jax.data.images import to_patches
-from gvl_jax.data.packing import pack
+from gvl_jax.data.packing import Layout, pack
 from gvl_jax.guard.prompt import mrope_positions
 from gvl_jax.models.qwen_vl.config import from_hf
 from gvl_jax.models.qwen_vl.hub import load_params
@@ -52,7 +52,7 @@ def draw(seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, dict]:
             intermediate_size=int(rng.integers(16, 64)),
             num_heads=vision_heads,
             out_hidden_size=heads * head_dim,
-            window_size=112,
+            window_size=int(rng.choice([56, 112, 168])),
             fullatt_block_indexes=full,
         ),
         image_token_id=IMAGE,
@@ -118,8 +118,7 @@ def test_logits_equal_transformers_packed_and_with_any_number_of_images(seed, tm
         examples,
         rows=2,
         length=length,
-        patch_buckets=(4096, 8192),
-        image_pad=IMAGE,
+        layout=Layout(IMAGE, (4096, 8192), config.vision.window_size),
     )
     forward = jax.jit(lambda params, batch: (lambda m: m(batch) @ m.head_kernel())(bind(config, params)))
     seen = set()

@@ -10,9 +10,9 @@ def frequencies(width: int, theta: float) -> np.ndarray:
 
 
 def vision_angles(coords, head_dim: int, theta: float = 10_000.0):
-    """coords i32[P, 2] (row, column) → f32[P, head_dim // 2]: the first half turns with the row, the second with the column."""
-    angles = coords[..., None].astype(jnp.float32) * frequencies(head_dim // 2, theta)
-    return angles.reshape(*coords.shape[:-1], head_dim // 2)
+    """coords i32[P, 2] (row, column) → f32[P, head_dim // 2]: one half turns with the row, the other with the column."""
+    angles = jnp.multiply.outer(coords.astype(jnp.float32), frequencies(head_dim // 2, theta))
+    return angles.reshape(len(coords), head_dim // 2)
 
 
 def mrope_angles(positions, head_dim: int, theta: float, section: tuple[int, ...]):
@@ -21,8 +21,8 @@ def mrope_angles(positions, head_dim: int, theta: float, section: tuple[int, ...
     `section` says how many frequencies each axis owns: [16, 24, 24] in the released checkpoints.
     """
     axis = np.repeat(np.arange(3), section)
-    per_frequency = jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32)
-    return per_frequency * jnp.asarray(frequencies(head_dim, theta)).reshape((1,) * (per_frequency.ndim - 1) + (-1,))
+    turned = jnp.moveaxis(positions[axis], 0, -1).astype(jnp.float32)  # [..., head_dim // 2], each by its own axis
+    return turned * jnp.broadcast_to(frequencies(head_dim, theta), turned.shape)
 
 
 def rotate(x, angles):

@@ -1,0 +1,13 @@
+"""Every test runs on 8 virtual CPU devices, in fp32, and refuses silent broadcasting between ranks."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import torch
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+torch.set_num_threads(1)
