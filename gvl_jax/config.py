@@ -19,12 +19,31 @@ Resume = Literal["auto", "never"]
 Trained = Literal["all", "language"]  # language: the vision tower and its merger stay frozen
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _positive(config: Any, *names: str) -> None:
+    """Raises ValueError for the first of the named whole numbers below 1; None (no limit) passes."""
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value >= 1, f"{name} is {value}, expected at least 1")
+
+
 @dataclass(frozen=True)
 class Images:
     """Bounds of the smart resize, in pixels of the resized picture."""
 
     min_pixels: int = 32 * 32
     max_pixels: int = 768 * 768
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.min_pixels <= self.max_pixels,
+            f"images.min_pixels is {self.min_pixels} and images.max_pixels {self.max_pixels}, expected 0 < min_pixels "
+            "<= max_pixels; both count pixels of the whole picture, not of a side",
+        )
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,14 @@ class Optim:
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # global norm of the gradient
 
+    def __post_init__(self) -> None:
+        _require(0 < self.peak_lr < 1, f"optim.peak_lr is {self.peak_lr}, expected above 0 and below 1, such as 5e-5")
+        _require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}, expected 0 (none) or more")
+        for name, beta in (("b1", self.b1), ("b2", self.b2)):
+            _require(0 <= beta < 1, f"optim.{name} is {beta}, expected at least 0 and below 1, such as 0.9")
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}, expected 0 (none) or more")
+        _require(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}, expected above 0; give inf not to clip")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -49,13 +76,30 @@ class Sampling:
     top_k: int = 0
     max_new_tokens: int = 512
 
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, f"sampling.temperature is {self.temperature}, expected 0 (greedy) or more")
+        _require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}, expected above 0 and at most 1 (all tokens)")
+        _require(self.top_k >= 0, f"sampling.top_k is {self.top_k}, expected 0 (all tokens) or more")
+        _require(self.max_new_tokens >= 1, f"sampling.max_new_tokens is {self.max_new_tokens}, expected at least 1")
+
 
 @dataclass(frozen=True)
 class Buckets:
     """The fixed shapes that everything is padded to, so that nothing recompiles."""
 
     prompt: tuple[int, ...] = (512, 1024, 2048, 3072)  # tokens of a prompt (sampler, RL)
-    patches: tuple[int, ...] = (4096, 16384, 65536)  # image patches of a micro-batch; without images the tower is skipped
+    completion: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # tokens of a completion in an RL update
+    patches: tuple[int, ...] = (4096, 16384, 65536)  # image patches of a micro-batch; no image: the tower is skipped
+
+    def __post_init__(self) -> None:
+        for name, sizes in (("prompt", self.prompt), ("patches", self.patches)):
+            rising = all(low < high for low, high in zip((0, *sizes), sizes, strict=False))
+            _require(
+                bool(sizes) and rising,
+                f"buckets.{name} is {list(sizes)}, expected one size or more, from 1, each larger than the one before",
+            )
+        odd = [size for size in self.patches if size % 4]
+        _require(not odd, f"buckets.patches has {odd}, expected multiples of 4: four patches make one image token")
 
 
 @dataclass(frozen=True)
@@ -81,6 +125,9 @@ class Sft:
     buckets: Buckets = field(default_factory=Buckets)
     optim: Optim = field(default_factory=Optim)
 
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "global_batch", "rows", "max_length", "limit", "save_every")
+
 
 @dataclass(frozen=True)
 class Mine:
@@ -101,6 +148,18 @@ class Mine:
     buckets: Buckets = field(default_factory=Buckets)
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0, top_p=0.95, max_new_tokens=2048))
 
+    def __post_init__(self) -> None:
+        _positive(self, "samples", "size", "prompts", "limit")
+        _require(
+            self.keep != "mixed" or self.samples >= 2,
+            f"samples is {self.samples} with keep: mixed, expected at least 2: a single one is never mixed",
+        )
+        _require(
+            self.samples == 1 or self.sampling.temperature > 0,
+            f"sampling.temperature is 0 with samples {self.samples}, which gives {self.samples} equal completions; "
+            "raise it above 0 or set samples to 1",
+        )
+
 
 @dataclass(frozen=True)
 class Rl:
@@ -113,7 +172,7 @@ class Rl:
     mixed_share: float = 0.2  # share of the RL set that safety-aware mixing makes
     beta: float = 1.0  # Eq. 10; 1/6: GuardReasoner-VL-Eco
     reward: Literal["paper", "as_released"] = "paper"
-    max_length: int = 3072  # characters at which l_norm = 1: of the reasoning (paper), of the whole output (as released)
+    max_length: int = 3072  # characters where l_norm = 1: of the reasoning (paper), of the whole output (as released)
     epsilon: float = 0.2  # Eq. 7
     clip: Literal["dynamic", "constant"] = "dynamic"  # as released: constant (the schedule never reached the loss)
     loss_mean: Literal["sequence", "token"] = "sequence"  # as released: token
@@ -135,6 +194,29 @@ class Rl:
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.2, max_new_tokens=3072))
     optim: Optim = field(default_factory=lambda: Optim(peak_lr=1e-6, schedule="constant", weight_decay=1e-2))
 
+    def __post_init__(self) -> None:
+        _positive(self, "max_length", "prompts_per_step", "prompts_per_update", "prompts", "epochs", "limit")
+        _positive(self, "save_every")
+        _require(0 <= self.mixed_share < 1, f"mixed_share is {self.mixed_share}, expected at least 0 and below 1")
+        _require(0 < self.beta <= 1, f"beta is {self.beta}, expected above 0 and at most 1: it caps l_norm; 1 = no cap")
+        _require(0 < self.epsilon < 1, f"epsilon is {self.epsilon}, expected above 0 and below 1, such as 0.2")
+        _require(self.std_epsilon > 0, f"std_epsilon is {self.std_epsilon}, expected above 0: a spread can be 0")
+        _require(self.group_size >= 2, f"group_size is {self.group_size}, expected at least 2: a group is compared")
+        _require(
+            self.sampling.temperature > 0,
+            "sampling.temperature is 0, which makes every completion of a group the same; raise it above 0",
+        )
+        _require(
+            self.prompts_per_step % self.prompts_per_update == 0,
+            f"prompts_per_step {self.prompts_per_step} is no multiple of prompts_per_update {self.prompts_per_update}; "
+            "every update of a rollout batch takes as many prompts",
+        )
+        _require(
+            self.prompts_per_update % self.prompts == 0,
+            f"prompts_per_update {self.prompts_per_update} is no multiple of prompts {self.prompts}; "
+            "lower prompts, the number that is computed at once",
+        )
+
 
 @dataclass(frozen=True)
 class Eval:
@@ -150,6 +232,9 @@ class Eval:
     images: Images = field(default_factory=lambda: Images(min_pixels=262_144, max_pixels=4_194_304))
     buckets: Buckets = field(default_factory=Buckets)
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0, max_new_tokens=4096))
+
+    def __post_init__(self) -> None:
+        _positive(self, "prompts", "limit")
 
 
 class ConfigError(ValueError):

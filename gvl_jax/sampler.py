@@ -1,6 +1,6 @@
 """Completions: the prompts' keys and values once, a group of rollouts on each, and a stop that reads bytes.
 
-`generate` is one compiled function per shape; `complete` feeds it examples of any length, in order.
+`generate` is one compiled function per shape; `Sampler` feeds it prompts of any length.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from gvl_jax.config import Buckets, Sampling
-from gvl_jax.data.packing import pack_prompts
+from gvl_jax.data.packing import Layout, batch_prompts
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.model import bind
 from gvl_jax.types import Array, Batch, Example, Rollout
@@ -148,3 +148,57 @@ def generate(
     state = lax.while_loop(running, body, state)
     stopped = jnp.where(state["stopped"] == RUNNING, BUDGET, state["stopped"])
     return Rollout(state["tokens"], state["logprobs"], state["lengths"], stopped)
+
+
+def completion_keys(seed: int, step: int, indices: Sequence[int], rows: int, group_size: int):
+    """Random keys [rows, group_size]: a completion's draw depends on (seed, step, its prompt's index, its number)."""
+    base = jax.random.fold_in(jax.random.key(seed), step)
+    padded = np.zeros(rows, np.uint32)
+    padded[: len(indices)] = indices
+    per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(base, padded)
+    return jax.vmap(lambda key: jax.random.split(key, group_size))(per_prompt)
+
+
+class Sampler:
+    """`generate` with everything that stays the same in a stage: shapes, tables, settings."""
+
+    def __init__(self, tokenizer, model_config: QwenVLConfig, buckets: Buckets, sampling: Sampling, rows: int):
+        self.tokenizer, self.model_config, self.buckets, self.sampling, self.rows = (
+            tokenizer, model_config, buckets, sampling, rows,
+        )  # fmt: skip
+        self.vocabulary = vocabulary(tokenizer, model_config.text.vocab_size)
+        self.layout = Layout(tokenizer.image_pad, buckets.patches, model_config.vision.window_size)
+
+    def __call__(
+        self, params, prompts: Sequence[Example], *, group_size: int = 1, seed: int = 0, step: int = 0
+    ) -> Iterator[tuple[list[int], Rollout]]:
+        """Completions of all prompts, a micro-batch at a time: (indices of its prompts, Rollout of host arrays).
+
+        Micro-batches come shortest prompts first. The draws depend on (seed, step, index of the prompt) alone.
+        """
+        for indices, batch in batch_prompts(prompts, rows=self.rows, lengths=self.buckets.prompt, layout=self.layout):
+            rollout = generate(
+                params,
+                batch,
+                completion_keys(seed, step, indices, self.rows, group_size),
+                np.float32(self.sampling.temperature),
+                self.vocabulary,
+                config=self.model_config,
+                max_new_tokens=self.sampling.max_new_tokens,
+                top_p=self.sampling.top_p,
+                top_k=self.sampling.top_k,
+                greedy=self.sampling.temperature == 0,
+            )
+            host = jax.device_get(rollout)
+            yield indices, Rollout(*(array[: len(indices)] for array in host))
+
+    def texts(self, rollout: Rollout) -> list[list[str]]:
+        """The completions' text [B][R], without the end token."""
+        ends = {self.tokenizer.im_end, self.tokenizer.end_of_text}
+        return [
+            [
+                self.tokenizer.decode([t for t in tokens[:length].tolist() if t not in ends])
+                for tokens, length in zip(*prompt, strict=True)
+            ]
+            for prompt in zip(rollout.tokens, rollout.lengths, strict=True)
+        ]

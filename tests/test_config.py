@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gvl_jax.config import ConfigError, Eval, Mine, Optim, Rl, Sft, dump, load
+from gvl_jax.config import Buckets, ConfigError, Eval, Images, Mine, Optim, Rl, Sampling, Sft, dump, load
 
 STAGES = [Sft, Mine, Rl, Eval]
 
@@ -99,12 +99,69 @@ def test_contradictory_settings_name_the_file(here):
 
 
 @pytest.mark.parametrize(
+    "cls, values, message",
+    [
+        (Images, {"min_pixels": 0}, "images.min_pixels is 0 and images.max_pixels 589824, expected 0 < min_pixels"),
+        (Images, {"min_pixels": 200, "max_pixels": 100}, "images.min_pixels is 200 and images.max_pixels 100"),
+        (Optim, {"peak_lr": 0.0}, "optim.peak_lr is 0.0, expected above 0"),
+        (Optim, {"peak_lr": float("nan")}, "optim.peak_lr is nan"),
+        (Optim, {"warmup_steps": -1}, "optim.warmup_steps is -1"),
+        (Optim, {"b1": 1.0}, "optim.b1 is 1.0"),
+        (Optim, {"b2": -0.1}, "optim.b2 is -0.1"),
+        (Optim, {"weight_decay": -1.0}, "optim.weight_decay is -1.0"),
+        (Optim, {"clip_norm": 0.0}, "optim.clip_norm is 0.0"),
+        (Sampling, {"temperature": -1.0}, "sampling.temperature is -1.0"),
+        (Sampling, {"top_p": 0.0}, "sampling.top_p is 0.0"),
+        (Sampling, {"top_p": 1.1}, "sampling.top_p is 1.1"),
+        (Sampling, {"top_k": -1}, "sampling.top_k is -1"),
+        (Sampling, {"max_new_tokens": 0}, "sampling.max_new_tokens is 0"),
+        (Buckets, {"prompt": ()}, "buckets.prompt is [], expected one size or more"),
+        (Buckets, {"prompt": (512, 512)}, "buckets.prompt is [512, 512]"),
+        (Buckets, {"patches": (0, 16)}, "buckets.patches is [0, 16]"),
+        (Buckets, {"patches": (16, 18)}, "buckets.patches has [18], expected multiples of 4"),
+        (Sft, {"global_batch": 0}, "global_batch is 0, expected at least 1"),
+        (Sft, {"limit": 0}, "limit is 0, expected at least 1"),
+        (Mine, {"samples": 0}, "samples is 0, expected at least 1"),
+        (Mine, {"keep": "mixed", "samples": 1}, "samples is 1 with keep: mixed, expected at least 2"),
+        (Mine, {"sampling": Sampling(temperature=0.0)}, "sampling.temperature is 0 with samples 4"),
+        (Rl, {"group_size": 1}, "group_size is 1, expected at least 2"),
+        (Rl, {"sampling": Sampling(temperature=0.0)}, "sampling.temperature is 0"),
+        (Rl, {"prompts_per_step": 500}, "prompts_per_step 500 is no multiple of prompts_per_update 256"),
+        (Rl, {"prompts": 100}, "prompts_per_update 256 is no multiple of prompts 100"),
+        (Rl, {"prompts": 0}, "prompts is 0, expected at least 1"),
+        (Rl, {"mixed_share": 1.0}, "mixed_share is 1.0"),
+        (Rl, {"epsilon": 0.0}, "epsilon is 0.0"),
+        (Rl, {"std_epsilon": 0.0}, "std_epsilon is 0.0"),
+        (Rl, {"beta": 0.0}, "beta is 0.0"),
+        (Rl, {"beta": 1.5}, "beta is 1.5"),
+        (Eval, {"prompts": 0}, "prompts is 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(cls, values, message):
+    with pytest.raises(ValueError) as error:
+        cls(**values)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_one_greedy_completion_an_item_can_be_mined():
+    assert Mine(samples=1, sampling=Sampling(temperature=0.0)).samples == 1
+
+
+def test_a_refused_setting_names_the_file(here):
+    write(here, "group_size: 1", "rl.yaml")
+    with pytest.raises(ConfigError, match="^rl.yaml: group_size is 1, expected at least 2"):
+        load(Rl, "rl.yaml", [])
+
+
+@pytest.mark.parametrize(
     "cls, args, words",
     [
         (Sft, ["--optim.peak-lrr", "1"], ["--optim.peak-lrr", "Perhaps you meant", "--optim.peak-lr"]),
         (Sft, ["--rows", "many"], ["--rows", "many"]),
         (Sft, ["--dtype", "float16"], ["float16", "bfloat16"]),
         (Window, ["--low", "3"], ["low 3 exceeds high 2"]),
+        (Rl, ["--beta", "0"], ["beta is 0.0"]),
     ],
 )
 def test_a_wrong_flag_exits_with_2_and_says_why(capsys, cls, args, words):
@@ -132,9 +189,9 @@ def test_a_dumped_config_loads_back_equal(tmp_path, cls):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(allow_nan=False), st.text(), st.lists(st.text()))
+@given(st.floats(min_value=0), st.text(), st.lists(st.text()))
 def test_any_value_survives_the_round_trip(tmp_path_factory, number, text, names):
-    config = Sft(model=text, train=tuple(names), optim=Optim(peak_lr=number))
+    config = Sft(model=text, train=tuple(names), optim=Optim(weight_decay=number))
     path = tmp_path_factory.getbasetemp() / "roundtrip.yaml"
     path.write_text(dump(config), encoding="utf-8")
     assert load(Sft, str(path), []) == config

@@ -198,6 +198,8 @@ def test_no_two_drawings_or_words_look_alike():
         def choice(self, options):
             return options[-1]
 
+    drawn = [name for name in [*embedded.THINGS, *embedded.ICONS] if not name.startswith("the word ")]
+    assert sorted(embedded._DRAWINGS) == sorted(drawn)
     masks = {name: embedded._mark(Fixed(), name) for name in [*embedded.THINGS, *embedded.ICONS]}
     for first, second in two_of(masks, 2):
         a, b = (np.asarray(masks[name], float) / 255 for name in (first, second))

@@ -1,6 +1,6 @@
 """Examples → micro-batches of fixed shape: packed rows, one patch buffer in window order, images gathered by index."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
         return UNIT * self.side**2
 
     def windows(self, patches: int) -> int:
-        """Windows W of a buffer of `patches`: twice what whole windows need, as those at an image's edge are not full."""
+        """Windows W of a buffer of `patches`: twice what whole ones need, as those at an image's edge are not full."""
         return max(1, 2 * patches // self.slots)
 
 
@@ -46,6 +46,33 @@ def pack(examples: Sequence[Example], *, rows: int, length: int, layout: Layout)
 def pack_prompts(prompts: Sequence[Example], *, rows: int, length: int, layout: Layout) -> Batch:
     """One prompt a row, in order, right-padded to `length`; rows after the last prompt are empty (segment 0)."""
     return _assemble([[prompt] for prompt in prompts], rows, length, layout)
+
+
+def batch_prompts(
+    prompts: Sequence[Example], *, rows: int, lengths: Sequence[int], layout: Layout
+) -> Iterator[tuple[list[int], Batch]]:
+    """Prompts of like length together, at most `rows` a micro-batch: (their indices, the micro-batch).
+
+    A micro-batch has the shape [rows, the smallest of `lengths` that holds its longest prompt]. Text-only prompts go
+    by themselves, so that the vision tower does not run for them. Raises ValueError for a prompt over all `lengths`.
+    """
+    largest = max(layout.patch_buckets)
+    capacity = np.array([rows, largest, layout.windows(largest)])
+
+    def length_of(i: int) -> int:
+        fitting = [length for length in sorted(lengths) if len(prompts[i].tokens) <= length]
+        if not fitting:
+            raise ValueError(f"prompt {i} has {len(prompts[i].tokens)} tokens, buckets.prompt end at {max(lengths)}")
+        return fitting[0]
+
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for i in sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tokens), i)):
+        groups.setdefault((length_of(i), len(prompts[i].grids) > 0), []).append(i)
+    for (length, _), members in groups.items():
+        sizes = np.array([(1, len(prompts[i].patches), _windows(prompts[i], layout)) for i in members])
+        for chosen in _first_fit(list(range(len(members))), sizes, capacity):
+            indices = [members[c] for c in chosen]
+            yield indices, pack_prompts([prompts[i] for i in indices], rows=rows, length=length, layout=layout)
 
 
 def assign(examples: Sequence[Example], *, rows: int, length: int, layout: Layout) -> list[list[list[int]]]:

@@ -1,4 +1,4 @@
-"""The parts that the vision tower and the decoder share. Weights stay in their own dtype; the input's dtype computes."""
+"""Parts that the vision tower and the decoder share. Weights stay in their own dtype; the input's dtype computes."""
 
 from collections.abc import Callable
 from typing import Any

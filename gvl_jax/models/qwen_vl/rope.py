@@ -10,7 +10,7 @@ def frequencies(width: int, theta: float) -> np.ndarray:
 
 
 def vision_angles(coords, head_dim: int, theta: float = 10_000.0):
-    """coords i32[P, 2] (row, column) → f32[P, head_dim // 2]: one half turns with the row, the other with the column."""
+    """coords i32[P, 2] (row, column) → f32[P, head_dim // 2]: half turns with the row, half with the column."""
     angles = jnp.multiply.outer(coords.astype(jnp.float32), frequencies(head_dim // 2, theta))
     return angles.reshape(len(coords), head_dim // 2)
 

@@ -50,7 +50,7 @@ class Decoder(nnx.Module):
         return mrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
 
     def __call__(self, x, positions, segments, *, keep: bool = False, remat: bool = False):
-        """x [B, T, D], positions i32[3, B, T], segments i32[B, T] → hidden [B, T, D], (k, v) [L, B, T, K, H] if kept."""
+        """x [B, T, D], positions i32[3, B, T], segments i32[B, T] → hidden [B, T, D]; keep: (k, v) [L, B, T, K, H]."""
         angles, mask = self._angles(positions), packed_mask(segments)
 
         def body(layer, x, _):
@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
     def decode(self, x, prompt: Prompt, cache, step):
-        """One token of every completion, the `step`-th: x [B, R, D], cache (k, v) [L, B, R, J, K, H] → hidden [B, R, D], cache.
+        """Token `step` of every completion: x [B, R, D], cache (k, v) [L, B, R, J, K, H] → hidden [B, R, D], cache.
 
         The cache is carried through the layers and written in place; slots after `step` are masked.
         """

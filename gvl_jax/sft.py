@@ -1,0 +1,132 @@
+"""Supervised fine-tuning on reasoning (PAPER §3): cross-entropy on the answer, images and all in packed rows.
+
+A step is a set of samples. It is packed into as many micro-batches of one fixed shape as it needs, and the loss
+divides by the step's own count of answer tokens, so packing changes no number.
+"""
+
+import functools
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gvl_jax.checkpoint import Checkpoints
+from gvl_jax.config import Sft
+from gvl_jax.data.loader import SampleRejected, step_count, steps, to_example
+from gvl_jax.data.packing import Layout, pack
+from gvl_jax.data.records import load_records
+from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.guard.prompt import answer_text
+from gvl_jax.losses import next_token_logprobs, sft_loss
+from gvl_jax.metrics import CompileCounter, MetricsWriter, progress, throughput
+from gvl_jax.models.qwen_vl.config import QwenVLConfig
+from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve, save_params
+from gvl_jax.models.qwen_vl.model import bind
+from gvl_jax.optim import apply_updates, learning_rate, optimizer, split_trained
+from gvl_jax.run_folder import open_run
+from gvl_jax.types import Batch, Example, Sample
+
+
+@functools.partial(jax.jit, static_argnames=("model_config", "remat"), donate_argnames=("grads",))
+def accumulate(trained, frozen, grads, batch: Batch, total, *, model_config: QwenVLConfig, remat: bool):
+    """Add the gradient of one micro-batch. → (grads, its share of the loss)."""
+
+    def loss_of(trained):
+        model = bind(model_config, trained | frozen)
+        hidden = model(batch, remat=remat)
+        logprobs = next_token_logprobs(hidden, model.head_kernel(), batch.tokens)
+        return sft_loss(logprobs, batch.loss_mask, total)
+
+    loss, new = jax.value_and_grad(loss_of)(trained)
+    return jax.tree.map(jnp.add, grads, new), loss
+
+
+def run(config: Sft) -> Path:
+    """Train, checkpoint, export. → the exported model's directory, `output`/model.
+
+    Raises ConfigError, RecordError, HubError, CheckpointError with one line each; FloatingPointError when the loss
+    is not finite.
+    """
+    folder = open_run(config, "model", "train", "output")
+    target = folder / "model"
+    if target.exists():
+        return target
+
+    # ---------------------------------------------------------------- data
+    source = resolve(config.model)
+    tokenizer = load_tokenizer(source)
+    samples = [sample for path in config.train for sample in load_records(path)][: config.limit]
+
+    def build(sample: Sample) -> Example | SampleRejected:
+        try:
+            if sample.request_label is None:
+                raise SampleRejected("no_label", "no request_label: nothing to learn")
+            if config.reasoning and not sample.reasoning:
+                raise SampleRejected("no_reasoning", "no reasoning: train with reasoning false, or synthesise it")
+            reasoning = sample.reasoning if config.reasoning else None
+            answer = answer_text(reasoning, sample.request_label, sample.response_label)
+            return to_example(sample, tokenizer, config.images, config.max_length, answer)
+        except SampleRejected as rejection:
+            return rejection
+
+    # ---------------------------------------------------------------- model and optimizer
+    model_config = replace(load_config(source), dtype=config.dtype)
+    layout = Layout(tokenizer.image_pad, config.buckets.patches, model_config.vision.window_size)
+    params = jax.tree.map(jnp.asarray, load_params(source, model_config, dtype=np.float32))
+    trained, frozen = split_trained(params, config.trained)
+    state = {"trained": trained, "opt_state": optimizer(config.optim).init(trained)}
+    zeros = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree))
+    update = jax.jit(functools.partial(apply_updates, config.optim), donate_argnums=(0, 1))
+
+    # ---------------------------------------------------------------- where a killed run goes on
+    total_steps = step_count(len(samples), config.global_batch, config.epochs)
+    checkpoints = Checkpoints(folder)
+    start = 0
+    if checkpoints.latest() is not None:
+        state, meta = checkpoints.restore(state)
+        start = meta["step"]
+    metrics = MetricsWriter(folder, resume_step=start - 1 if start else None)
+    compiles = CompileCounter()
+    micro_step = compiles.watch(accumulate, expected=len(config.buckets.patches) + 1)
+
+    # ---------------------------------------------------------------- loop
+    rejected: Counter[str] = Counter()
+    todo = steps(samples, build, per_step=config.global_batch, epochs=config.epochs, seed=config.seed, start=start)
+    with progress(total_steps, "sft", initial=start) as advance:
+        for step, built in enumerate(todo, start):
+            began = time.monotonic()
+            rejected.update(one.reason for one in built if isinstance(one, SampleRejected))
+            examples = [one for one in built if isinstance(one, Example)]
+            batches = pack(examples, rows=config.rows, length=config.max_length, layout=layout)
+            total = sum(int(batch.loss_mask.sum()) for batch in batches)
+            grads, loss = zeros(state["trained"]), jnp.zeros(())
+            for batch in batches:
+                grads, share = micro_step(
+                    state["trained"], frozen, grads, batch, np.float32(total),
+                    model_config=model_config, remat=config.remat,
+                )  # fmt: skip
+                loss = loss + share
+            rate = learning_rate(config.optim, step, total_steps)
+            state["trained"], state["opt_state"], grad_norm = update(
+                state["trained"], state["opt_state"], grads, np.float32(rate)
+            )
+            scalars = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": grad_norm}
+            scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
+            loss = float(loss)  # waits for the device: what follows is the step's true time
+            tokens, slots = sum(len(e.tokens) for e in examples), len(batches) * config.rows * config.max_length
+            scalars |= throughput(tokens, max(slots, 1), time.monotonic() - began)
+            metrics.write(step, scalars | {"perf/compiles": compiles.total})
+            if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
+                checkpoints.save(step + 1, state, {"step": step + 1})
+            advance(note=f"loss {loss:.3f}")
+    checkpoints.close()
+    metrics.close()
+    compiles.close()
+
+    # ---------------------------------------------------------------- export
+    save_params(target, state["trained"] | frozen, model_config, dtype=config.dtype, source=source)
+    return target
