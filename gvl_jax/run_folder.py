@@ -1,12 +1,15 @@
 """A stage's run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, and what the stage makes."""
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gvl_jax.config import ConfigError, dump
+from gvl_jax.guard.verdict import parse
+from gvl_jax.types import Sample
 
 
 def open_run(config: Any, *required: str) -> Path:
@@ -44,3 +47,26 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append JSON lines, flushed."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Drop a cut last line and the rows that are not `wanted` (a resumed run writes them again). → the rest."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if wanted(row)]
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def sample_row(sample: Sample, completion: str, finished: bool, folder: Path) -> dict[str, Any]:
+    """A judgement as report.py shows it; pictures by their path from the run folder, those in memory left out."""
+    verdict = parse(completion, finished)
+    return {
+        "id": sample.id,
+        "request": sample.request if sample.user_turn is None else sample.user_turn,
+        "response": sample.response,
+        "images": [os.path.relpath(image, folder) for image in sample.images if isinstance(image, Path)],
+        "request_label": sample.request_label,
+        "response_label": sample.response_label,
+        "completion": completion,
+        "verdict": {"request": verdict.request, "response": verdict.response, "status": verdict.status},
+    }

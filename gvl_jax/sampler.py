@@ -14,6 +14,7 @@ from jax import lax
 
 from gvl_jax.config import Buckets, Sampling
 from gvl_jax.data.packing import Layout, batch_prompts
+from gvl_jax.losses import token_logprobs
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.model import bind
 from gvl_jax.types import Array, Batch, Example, Rollout
@@ -150,11 +151,24 @@ def generate(
     return Rollout(state["tokens"], state["logprobs"], state["lengths"], stopped)
 
 
-def completion_keys(seed: int, step: int, indices: Sequence[int], rows: int, group_size: int):
-    """Random keys [rows, group_size]: a completion's draw depends on (seed, step, its prompt's index, its number)."""
+def completion_logprobs(model, batch: Batch, tokens, temperature, banned, *, remat: bool = False):
+    """log-probs f32[B, R, J] of completions i32[B, R, J], each given its row's prompt and its own earlier tokens.
+
+    The training forward: for what `generate` drew these are its log-probs. The prompt is computed once for its R
+    completions, pictures included, so B·S + B·R·J tokens in place of B·R·(S + J).
+    """
+    last, prompt = model.prefill(batch, remat=remat)
+    hidden = model.extend(tokens[:, :, :-1], prompt, remat=remat)
+    first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1, last.shape[-1]))
+    hidden = jnp.concatenate([first, hidden], axis=2)
+    return token_logprobs(hidden, model.head_kernel(), tokens, temperature=temperature, banned=banned)
+
+
+def completion_keys(seed: int, step: int, names: Sequence[int], rows: int, group_size: int):
+    """Random keys [rows, group_size]: a completion's draw depends on (seed, step, its prompt's name, its number)."""
     base = jax.random.fold_in(jax.random.key(seed), step)
     padded = np.zeros(rows, np.uint32)
-    padded[: len(indices)] = indices
+    padded[: len(names)] = names
     per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(base, padded)
     return jax.vmap(lambda key: jax.random.split(key, group_size))(per_prompt)
 
@@ -170,17 +184,25 @@ class Sampler:
         self.layout = Layout(tokenizer.image_pad, buckets.patches, model_config.vision.window_size)
 
     def __call__(
-        self, params, prompts: Sequence[Example], *, group_size: int = 1, seed: int = 0, step: int = 0
+        self,
+        params,
+        prompts: Sequence[Example],
+        *,
+        group_size: int = 1,
+        seed: int = 0,
+        step: int = 0,
+        names: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[int], Rollout]]:
         """Completions of all prompts, a micro-batch at a time: (indices of its prompts, Rollout of host arrays).
 
-        Micro-batches come shortest prompts first. The draws depend on (seed, step, index of the prompt) alone.
+        Micro-batches come shortest prompts first. The draws of a prompt depend on (seed, step, its name) alone;
+        names default to the indices.
         """
         for indices, batch in batch_prompts(prompts, rows=self.rows, lengths=self.buckets.prompt, layout=self.layout):
             rollout = generate(
                 params,
                 batch,
-                completion_keys(seed, step, indices, self.rows, group_size),
+                completion_keys(seed, step, [i if names is None else names[i] for i in indices], self.rows, group_size),
                 np.float32(self.sampling.temperature),
                 self.vocabulary,
                 config=self.model_config,

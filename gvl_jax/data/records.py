@@ -8,6 +8,7 @@ Two kinds of line:
 
 import difflib
 import json
+import os
 import re
 import reprlib
 from collections.abc import Iterator
@@ -54,6 +55,19 @@ def read_records(path: str | Path) -> Iterator[Sample | BadRecord]:
             except (ValueError, RecursionError) as error:
                 known = row.get("id") if isinstance(row, dict) else None
                 yield BadRecord(number, known if isinstance(known, str) else None, f"{path}, line {number}: {error}")
+
+
+def to_record(sample: Sample, folder: Path) -> dict[str, Any]:
+    """The sample as a record of a file in `folder`: `read_records` of it gives the sample again. Its images must be
+    files. Raises ValueError for one that is not."""
+    for image in sample.images:
+        if not isinstance(image, Path):
+            raise ValueError(f"record {sample.id!r}: got an image in memory, expected files; write it to a file first")
+    images = [os.path.relpath(image, folder) for image in sample.images]
+    record = sample._asdict() | {"images": images}
+    if sample.user_turn is None:
+        del record["user_turn"]
+    return record
 
 
 def load_records(path: str | Path) -> list[Sample]:

@@ -1,0 +1,36 @@
+# make demo | test | fast-test | clean. Needs python3 (3.11 or newer, with venv) and make; installs into .venv, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test fast-test clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/gvl demo
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+fast-test: .venv/installed-test
+	$(BIN)/pytest -n 2 -m "not slow"
+
+# The stamps: nothing is installed again until pyproject.toml changes.
+.venv/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch .venv/installed $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$$($(PYTHON) --version 2>&1 || echo no $(PYTHON)), expected Python 3.11 or newer; run make PYTHON=python3.11" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "no venv module; install it (on Debian: python3-venv)" >&2; exit 1; }
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,88 @@
+"""Evaluation (PAPER §8): greedy judgements of labelled records, scored under the strict and the published rule.
+
+judgements.jsonl has a line per record; a resumed run judges the rest. scores.json is the table.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gvl_jax.config import Eval
+from gvl_jax.data.loader import SampleRejected, to_example
+from gvl_jax.data.records import load_records
+from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.guard.scores import Row, evaluate
+from gvl_jax.metrics import progress
+from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve
+from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row
+from gvl_jax.sampler import BUDGET, Sampler
+from gvl_jax.types import Example, Sample
+
+CHUNK = 8  # micro-batches of prompts judged between two writes
+
+
+def modality(sample: Sample) -> str:
+    """text, image (a picture alone) or text_image."""
+    if not sample.images:
+        return "text"
+    return "text_image" if sample.request or sample.response else "image"
+
+
+def run(config: Eval) -> list[dict]:
+    """→ the table of scores, also in `output`/scores.json."""
+    folder = open_run(config, "model", "data", "output")
+    source = resolve(config.model)
+    tokenizer = load_tokenizer(source)
+    model_config = replace(load_config(source), dtype=config.dtype)
+    params = jax.tree.map(jnp.asarray, load_params(source, model_config, dtype=np.dtype(config.dtype)))
+    sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts)
+    items = [(Path(path).stem, sample) for path in config.data for sample in load_records(path)[: config.limit]]
+
+    judgements = folder / "judgements.jsonl"
+    seen = {row["index"] for row in keep_rows(judgements, lambda row: True)}
+    left = [index for index in range(len(items)) if index not in seen]
+    with progress(len(items), "eval", initial=len(seen)) as advance:
+        for start in range(0, len(left), CHUNK * config.prompts):
+            part = left[start : start + CHUNK * config.prompts]
+            examples: dict[int, Example] = {}
+            rows = []
+            for index in part:
+                try:
+                    examples[index] = to_example(items[index][1], tokenizer, config.images, max(config.buckets.prompt))
+                except SampleRejected as rejection:  # judged by nobody: a failure, not a missing row
+                    row = sample_row(items[index][1], "", False, folder)
+                    rows.append(row | {"index": index, "finished": False, "tokens": 0, "rejected": str(rejection)})
+            known = list(examples)
+            for chosen, rollout in sampler(params, list(examples.values()), names=known):
+                for row, texts in enumerate(sampler.texts(rollout)):
+                    finished = bool(rollout.stopped[row, 0] != BUDGET)
+                    index = known[chosen[row]]
+                    rows.append(
+                        sample_row(items[index][1], texts[0], finished, folder)
+                        | {"index": index, "finished": finished, "tokens": _reasoning_tokens(tokenizer, texts[0])}
+                    )
+            append_rows(judgements, rows)
+            advance(len(part))
+
+    judged = sorted(keep_rows(judgements, lambda row: True), key=lambda row: row["index"])
+    replace_text(folder / "samples.jsonl", "".join(json.dumps(row | {"step": 0}) + "\n" for row in judged[:200]))
+    scored = [
+        Row(
+            row["completion"], row["request_label"], row["response_label"], finished=row["finished"],
+            benchmark=items[row["index"]][0], modality=modality(items[row["index"]][1]), tokens=row["tokens"],
+        )
+        for row in judged
+    ]  # fmt: skip
+    table = evaluate(scored, "strict") + evaluate(scored, "reference")
+    replace_text(folder / "scores.json", json.dumps(table, indent=1))
+    return table
+
+
+def _reasoning_tokens(tokenizer, completion: str) -> int:
+    """Tokens between <think> and </think>; of the whole completion if the block is not closed."""
+    reasoning, closed, _ = completion.partition("</think>")
+    return len(tokenizer.encode_text(reasoning.removeprefix("<think>").strip() if closed else completion))

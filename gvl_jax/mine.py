@@ -1,0 +1,95 @@
+"""Hard-sample mining (PAPER §4): sample a few completions of every item and keep those the model gets wrong.
+
+attempts.jsonl has a line per item, in the order they were judged; a resumed run judges the rest. hard.jsonl is the
+result: `size` of the items that `keep` names, drawn at random.
+"""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gvl_jax.config import Mine
+from gvl_jax.data.loader import SampleRejected, to_example
+from gvl_jax.data.records import load_records, to_record
+from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.guard.verdict import parse
+from gvl_jax.metrics import MetricsWriter, progress
+from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve
+from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row
+from gvl_jax.sampler import BUDGET, Sampler
+from gvl_jax.types import Example, Sample
+
+CHUNK = 8  # micro-batches of prompts judged between two writes
+
+
+def is_right(text: str, finished: bool, sample: Sample) -> bool:
+    """Both labels right, under the strict grammar; a missing label counts as unharmful, a parse failure is wrong."""
+    verdict = parse(text, finished)
+    if verdict.status != "ok":
+        return False
+    gold = (sample.request_label, sample.response_label)
+    return all((said == "harmful") == (true == "harmful") for said, true in zip(verdict[:2], gold, strict=True))
+
+
+def is_hard(right: int, samples: int, keep: str) -> bool:
+    """all_wrong: the paper. any_wrong, mixed (some right, some wrong): the authors' later models."""
+    return {"all_wrong": right == 0, "any_wrong": right < samples, "mixed": 0 < right < samples}[keep]
+
+
+def run(config: Mine) -> Path:
+    """→ hard.jsonl in the run folder."""
+    folder = open_run(config, "model", "train", "output")
+    source = resolve(config.model)
+    tokenizer = load_tokenizer(source)
+    model_config = replace(load_config(source), dtype=config.dtype)
+    params = jax.tree.map(jnp.asarray, load_params(source, model_config, dtype=np.dtype(config.dtype)))
+    sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts)
+    samples = [sample for path in config.train for sample in load_records(path)][: config.limit]
+
+    attempts = folder / "attempts.jsonl"
+    seen = {row["index"] for row in keep_rows(attempts, lambda row: True)}
+    left = [index for index in range(len(samples)) if index not in seen]
+    rejected: Counter[str] = Counter()
+    with progress(len(samples), "mine", initial=len(seen)) as advance:
+        for start in range(0, len(left), CHUNK * config.prompts):
+            part = left[start : start + CHUNK * config.prompts]
+            examples: dict[int, Example] = {}
+            for index in part:
+                try:
+                    examples[index] = to_example(samples[index], tokenizer, config.images, max(config.buckets.prompt))
+                except SampleRejected as rejection:
+                    rejected[rejection.reason] += 1
+            known, prompts = list(examples), list(examples.values())
+            rows = []
+            # the item's own index is its random key, so a resumed run draws what an uninterrupted one draws
+            for chosen, rollout in sampler(params, prompts, group_size=config.samples, seed=config.seed, names=known):
+                for row, texts in zip(chosen, zip(sampler.texts(rollout), rollout.stopped, strict=True), strict=True):
+                    sample = samples[known[row]]
+                    right = [is_right(text, why != BUDGET, sample) for text, why in zip(*texts, strict=True)]
+                    rows.append({"index": known[row], "right": sum(right), "of": config.samples}
+                                | sample_row(sample, texts[0][0], texts[1][0] != BUDGET, folder))
+            append_rows(attempts, rows)
+            advance(len(part), note=f"all wrong: {sum(row['right'] == 0 for row in rows)} of {len(rows)}")
+
+    judged = sorted(keep_rows(attempts, lambda row: True), key=lambda row: row["index"])
+    hard = [samples[row["index"]] for row in judged if is_hard(row["right"], row["of"], config.keep)]
+    drawn = np.random.default_rng(config.seed).permutation(len(hard))[: config.size]
+    kept = [hard[i] for i in sorted(drawn)]
+    replace_text(
+        folder / "hard.jsonl",
+        "".join(json.dumps(to_record(sample, folder), ensure_ascii=False) + "\n" for sample in kept),
+    )
+    metrics = MetricsWriter(folder)
+    share = [row["right"] / row["of"] for row in judged]
+    metrics.write(0, {
+        "mine/items": len(judged), "mine/hard": len(hard), "mine/kept": len(kept),
+        "mine/right": float(np.mean(share)) if share else 0.0,
+        **{f"data/rejected_{reason}": count for reason, count in rejected.items()},
+    })  # fmt: skip
+    metrics.close()
+    return folder / "hard.jsonl"
