@@ -92,7 +92,8 @@ class Buckets:
     patches: tuple[int, ...] = (4096, 16384, 65536)  # image patches of a micro-batch; no image: the tower is skipped
 
     def __post_init__(self) -> None:
-        for name, sizes in (("prompt", self.prompt), ("patches", self.patches)):
+        for name in ("prompt", "completion", "patches"):
+            sizes = getattr(self, name)
             rising = all(low < high for low, high in zip((0, *sizes), sizes, strict=False))
             _require(
                 bool(sizes) and rising,

@@ -46,7 +46,8 @@ def sft_loss(logprobs, loss_mask, total):
 
 def group_advantages(rewards, epsilon: float = 1e-6):
     """rewards f32[B, R] → (r - mean) / (std + epsilon) in each group of R; unbiased std. A group of equals gives 0."""
-    centred = rewards - rewards.mean(1, keepdims=True)
+    shifted = rewards - rewards[:, :1]  # exact zeros for equals: the mean of 12 times -37.7 is not -37.7 in fp32
+    centred = shifted - shifted.mean(1, keepdims=True)
     std = jnp.sqrt(jnp.sum(centred**2, 1, keepdims=True) / (rewards.shape[1] - 1))
     return centred / (std + epsilon)
 

@@ -32,7 +32,7 @@ def apply_updates(optim: Optim, params: dict, opt_state, grads: dict, rate):
     """One AdamW step on `params`. → (params, opt_state, gradient norm before clipping)."""
     updates, opt_state = optimizer(optim).update(grads, opt_state, params)
     params = jax.tree.map(lambda p, u: p - jnp.asarray(rate, p.dtype) * u, params, updates)
-    return params, opt_state, optax.global_norm(grads)
+    return params, opt_state, optax.tree.norm(grads)
 
 
 def split_trained(params: dict, trained: str) -> tuple[dict, dict]:

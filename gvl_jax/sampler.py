@@ -14,6 +14,7 @@ from jax import lax
 
 from gvl_jax.config import Buckets, Sampling
 from gvl_jax.data.packing import Layout, batch_prompts
+from gvl_jax.guard.prompt import instruction_ids
 from gvl_jax.losses import token_logprobs
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.model import bind
@@ -181,7 +182,8 @@ class Sampler:
             tokenizer, model_config, buckets, sampling, rows,
         )  # fmt: skip
         self.vocabulary = vocabulary(tokenizer, model_config.text.vocab_size)
-        self.layout = Layout(tokenizer.image_pad, buckets.patches, model_config.vision.window_size)
+        shared = tuple(instruction_ids(tokenizer))
+        self.layout = Layout(tokenizer.image_pad, buckets.patches, model_config.vision.window_size, shared)
 
     def __call__(
         self,

@@ -20,7 +20,7 @@ from gvl_jax.data.loader import SampleRejected, step_count, steps, to_example
 from gvl_jax.data.packing import Layout, pack
 from gvl_jax.data.records import load_records
 from gvl_jax.data.tokenizer import load_tokenizer
-from gvl_jax.guard.prompt import answer_text
+from gvl_jax.guard.prompt import answer_text, instruction_ids
 from gvl_jax.losses import next_token_logprobs, sft_loss
 from gvl_jax.metrics import CompileCounter, MetricsWriter, progress, throughput
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
@@ -75,7 +75,9 @@ def run(config: Sft) -> Path:
 
     # ---------------------------------------------------------------- model and optimizer
     model_config = replace(load_config(source), dtype=config.dtype)
-    layout = Layout(tokenizer.image_pad, config.buckets.patches, model_config.vision.window_size)
+    shared = tuple(instruction_ids(tokenizer))
+    layout = Layout(tokenizer.image_pad, config.buckets.patches, model_config.vision.window_size, shared)
+    length = config.max_length - len(shared)  # of a row, without the instruction
     params = jax.tree.map(jnp.asarray, load_params(source, model_config, dtype=np.float32))
     trained, frozen = split_trained(params, config.trained)
     state = {"trained": trained, "opt_state": optimizer(config.optim).init(trained)}
@@ -101,7 +103,7 @@ def run(config: Sft) -> Path:
             began = time.monotonic()
             rejected.update(one.reason for one in built if isinstance(one, SampleRejected))
             examples = [one for one in built if isinstance(one, Example)]
-            batches = pack(examples, rows=config.rows, length=config.max_length, layout=layout)
+            batches = pack(examples, rows=config.rows, length=length, layout=layout)
             total = sum(int(batch.loss_mask.sum()) for batch in batches)
             grads, loss = zeros(state["trained"]), jnp.zeros(())
             for batch in batches:
@@ -117,7 +119,7 @@ def run(config: Sft) -> Path:
             scalars = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": grad_norm}
             scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
             loss = float(loss)  # waits for the device: what follows is the step's true time
-            tokens, slots = sum(len(e.tokens) for e in examples), len(batches) * config.rows * config.max_length
+            tokens, slots = sum(int((b.segments > 0).sum()) + len(shared) for b in batches), len(batches) * (len(shared) + config.rows * length)
             scalars |= throughput(tokens, max(slots, 1), time.monotonic() - began)
             metrics.write(step, scalars | {"perf/compiles": compiles.total})
             if (step + 1) % config.save_every == 0 or step + 1 == total_steps:

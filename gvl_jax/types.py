@@ -70,6 +70,7 @@ class Batch(NamedTuple):
     segments: Array  # i32[B, T] from 1; 0 = padding
     image_index: Array  # i32[B, T] which merged patch replaces the token's embedding; -1 = none
     vision: Vision | None  # None: no image in the micro-batch, the vision tower does not run
+    shared: Array | None = None  # i32[S] what every sample begins with (the instruction): computed once, not in the rows
 
 
 class Rollout(NamedTuple):

@@ -117,6 +117,7 @@ def test_contradictory_settings_name_the_file(here):
         (Sampling, {"max_new_tokens": 0}, "sampling.max_new_tokens is 0"),
         (Buckets, {"prompt": ()}, "buckets.prompt is [], expected one size or more"),
         (Buckets, {"prompt": (512, 512)}, "buckets.prompt is [512, 512]"),
+        (Buckets, {"completion": (512, 256)}, "buckets.completion is [512, 256]"),
         (Buckets, {"patches": (0, 16)}, "buckets.patches is [0, 16]"),
         (Buckets, {"patches": (16, 18)}, "buckets.patches has [18], expected multiples of 4"),
         (Sft, {"global_batch": 0}, "global_batch is 0, expected at least 1"),

@@ -12,7 +12,7 @@ from gvl_jax.data.images import to_patches
 from gvl_jax.data.packing import Layout
 from gvl_jax.guard.prompt import mrope_positions
 from gvl_jax.models.qwen_vl.config import QwenVLConfig, TextConfig, VisionConfig
-from gvl_jax.models.qwen_vl.model import init_params
+from gvl_jax.models.qwen_vl.model import abstract_params
 from gvl_jax.types import Example
 
 IMAGE, START, END, VOCAB = 90, 91, 92, 97
@@ -113,7 +113,7 @@ def tiny_config(tied: bool = False, dtype: str = "float32") -> QwenVLConfig:
     return QwenVLConfig(
         vision=VisionConfig(
             depth=3, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=14, spatial_merge_size=2,
-            temporal_patch_size=2, window_size=56, fullatt_block_indexes=(1,), out_hidden_size=32,
+            temporal_patch_size=2, window_size=56, fullatt_block_indexes=(2,), out_hidden_size=32,
         ),
         text=TextConfig(
             vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -127,8 +127,13 @@ def tiny_config(tied: bool = False, dtype: str = "float32") -> QwenVLConfig:
 def tiny_params(config: QwenVLConfig, seed: int = 0) -> dict[str, Any]:
     """Every parameter random: biases are not 0, scales are not 1."""
     rng = np.random.default_rng(seed)
-    noisy = lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32)  # noqa: E731
-    return jax.tree.map(noisy, init_params(config, seed))
+
+    def leaf(path, abstract):
+        kind = path[-1].key
+        values = 0.15 * rng.standard_normal(abstract.shape, np.float32)
+        return jax.numpy.asarray(values + (kind == "scale"))
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
 
 
 def layout(config: QwenVLConfig, *buckets: int) -> Layout:

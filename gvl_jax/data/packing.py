@@ -17,6 +17,7 @@ class Layout(NamedTuple):
     image_pad: int  # the placeholder's id
     patch_buckets: tuple[int, ...]  # sizes P of the patch buffer
     window: int = 112  # pixels of an attention window's side, from the model's config
+    shared: tuple[int, ...] = ()  # ids that every example begins with: taken off the rows, computed once a micro-batch
 
     @property
     def side(self) -> int:
@@ -35,17 +36,30 @@ class Layout(NamedTuple):
 
 def pack(examples: Sequence[Example], *, rows: int, length: int, layout: Layout) -> list[Batch]:
     """Every example exactly once, whole, in as few micro-batches of shape [rows, length] as first-fit-decreasing finds;
-    the last rows may be empty. Raises ValueError if an example is longer than a row or its images exceed the largest
-    bucket: such examples are shrunk or rejected before."""
+    the last rows may be empty. What `layout.shared` takes off the examples does not count for `length`.
+
+    Raises ValueError if an example is longer than a row or its images exceed the largest bucket: such examples are
+    shrunk or rejected before.
+    """
+    own = [_without_shared(example, layout) for example in examples]
     return [
-        _assemble([[examples[i] for i in row] for row in micro_batch], rows, length, layout)
-        for micro_batch in assign(examples, rows=rows, length=length, layout=layout)
+        _assemble([[own[i] for i in row] for row in micro_batch], rows, length, layout)
+        for micro_batch in assign(own, rows=rows, length=length, layout=layout)
     ]
 
 
 def pack_prompts(prompts: Sequence[Example], *, rows: int, length: int, layout: Layout) -> Batch:
     """One prompt a row, in order, right-padded to `length`; rows after the last prompt are empty (segment 0)."""
-    return _assemble([[prompt] for prompt in prompts], rows, length, layout)
+    return _assemble([[_without_shared(prompt, layout)] for prompt in prompts], rows, length, layout)
+
+
+def _without_shared(example: Example, layout: Layout) -> Example:
+    S = len(layout.shared)
+    if tuple(example.tokens[:S].tolist()) != layout.shared or example.loss_mask[:S].any():
+        raise ValueError(f"an example does not begin with the {S} shared tokens of the instruction, or learns them")
+    return example._replace(
+        tokens=example.tokens[S:], loss_mask=example.loss_mask[S:], positions=example.positions[:, S:]
+    )
 
 
 def batch_prompts(
@@ -53,8 +67,8 @@ def batch_prompts(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Prompts of like length together, at most `rows` a micro-batch: (their indices, the micro-batch).
 
-    A micro-batch has the shape [rows, the smallest of `lengths` that holds its longest prompt]. Text-only prompts go
-    by themselves, so that the vision tower does not run for them. Raises ValueError for a prompt over all `lengths`.
+    Its rows have the smallest of `lengths` that holds the longest prompt, less what is shared. Text-only prompts go by
+    themselves, so that the vision tower does not run for them. Raises ValueError for a prompt over all `lengths`.
     """
     largest = max(layout.patch_buckets)
     capacity = np.array([rows, largest, layout.windows(largest)])
@@ -72,7 +86,8 @@ def batch_prompts(
         sizes = np.array([(1, len(prompts[i].patches), _windows(prompts[i], layout)) for i in members])
         for chosen in _first_fit(list(range(len(members))), sizes, capacity):
             indices = [members[c] for c in chosen]
-            yield indices, pack_prompts([prompts[i] for i in indices], rows=rows, length=length, layout=layout)
+            chosen_prompts, own = [prompts[i] for i in indices], length - len(layout.shared)
+            yield indices, pack_prompts(chosen_prompts, rows=rows, length=own, layout=layout)
 
 
 def assign(examples: Sequence[Example], *, rows: int, length: int, layout: Layout) -> list[list[list[int]]]:
@@ -145,7 +160,8 @@ def _assemble(packed: Sequence[Sequence[Example]], rows: int, length: int, layou
     if images:
         vision, merged_index = pack_vision(images, layout)
         image_index[(tokens == layout.image_pad) & (segments > 0)] = merged_index
-    return Batch(tokens, loss_mask, positions, segments, image_index, vision)
+    shared = np.array(layout.shared, np.int32) if layout.shared else None
+    return Batch(tokens, loss_mask, positions, segments, image_index, vision, shared)
 
 
 def _check(example: Example, image_pad: int) -> None:

@@ -60,10 +60,9 @@ def read_records(path: str | Path) -> Iterator[Sample | BadRecord]:
 def to_record(sample: Sample, folder: Path) -> dict[str, Any]:
     """The sample as a record of a file in `folder`: `read_records` of it gives the sample again. Its images must be
     files. Raises ValueError for one that is not."""
-    for image in sample.images:
-        if not isinstance(image, Path):
-            raise ValueError(f"record {sample.id!r}: got an image in memory, expected files; write it to a file first")
-    images = [os.path.relpath(image, folder) for image in sample.images]
+    images = [os.path.relpath(image, folder) for image in sample.images if isinstance(image, Path)]
+    if len(images) < len(sample.images):
+        raise ValueError(f"record {sample.id!r}: got an image in memory, expected files; write it to a file first")
     record = sample._asdict() | {"images": images}
     if sample.user_turn is None:
         del record["user_turn"]

@@ -137,6 +137,12 @@ def mrope_positions(is_image: np.ndarray, grids: np.ndarray) -> np.ndarray:
     return positions
 
 
+def instruction_ids(tokenizer: Tokenizer) -> list[int]:
+    """What every prompt begins with: the system turn, and the control token that opens the user's."""
+    encode, start, end = tokenizer.encode_text, tokenizer.im_start, tokenizer.im_end
+    return [start, *encode("system\n" + INSTRUCTION), end, *encode("\n"), start]
+
+
 def _prompt_ids(sample: Sample, grids: np.ndarray, tokenizer: Tokenizer) -> list[int]:
     pieces = text_pieces(sample)
     sizes = merged_grids(grids).prod(axis=1)
@@ -145,7 +151,7 @@ def _prompt_ids(sample: Sample, grids: np.ndarray, tokenizer: Tokenizer) -> list
             f"{len(sizes)} grids for {len(sample.images)} images in record {sample.id!r}; pass one grid per image"
         )
     encode, start, end = tokenizer.encode_text, tokenizer.im_start, tokenizer.im_end
-    ids = [start, *encode("system\n" + INSTRUCTION), end, *encode("\n"), start, *encode("user\n" + pieces[0])]
+    ids = [*instruction_ids(tokenizer), *encode("user\n" + pieces[0])]
     for size, text in zip(sizes, pieces[1:], strict=True):
         ids += [tokenizer.vision_start, *[tokenizer.image_pad] * size, tokenizer.vision_end, *encode(text)]
     return [*ids, end, *encode("\n"), start, *encode("assistant\n")]

@@ -1,5 +1,6 @@
 """Parts that the vision tower and the decoder share. Weights stay in their own dtype; the input's dtype computes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,18 +14,18 @@ class Linear(nnx.Module):
     """y[..., *outputs] = Σ x[..., *inputs] · kernel[*inputs, *outputs] + bias[*outputs]."""
 
     def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, rngs: nnx.Rngs):
-        fan_in = 1
-        for size in inputs:
-            fan_in *= size
-        self.contracted = len(inputs)
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), inputs + outputs) * fan_in**-0.5)
+        self.inputs, self.outputs = inputs, outputs
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), inputs + outputs) * math.prod(inputs) ** -0.5)
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x):
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
-        if self.bias is None:
-            return y
-        return y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
+        # one plain matrix product over flat tokens: XLA's CPU backend is 1.7x slower on the unflattened gradients
+        rows = x.shape[: x.ndim - len(self.inputs)]
+        kernel = self.kernel[...].astype(x.dtype)
+        y = x.reshape(-1, math.prod(self.inputs)) @ kernel.reshape(-1, math.prod(self.outputs))
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias[...].astype(x.dtype).reshape(-1), y.shape)
+        return y.reshape(*rows, *self.outputs)
 
 
 class RMSNorm(nnx.Module):
@@ -42,7 +43,8 @@ class RMSNorm(nnx.Module):
 
 def gated_mlp(layer, x):
     """SwiGLU on the layer's gate, up and down: down(silu(gate x) · up x)."""
-    return layer.down(jax.nn.silu(layer.gate(x)) * layer.up(x))
+    flat = x.reshape(-1, x.shape[-1])
+    return layer.down(jax.nn.silu(layer.gate(flat)) * layer.up(flat)).reshape(x.shape)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:

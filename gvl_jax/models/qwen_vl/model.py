@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gvl_jax.models.qwen_vl.attention import Prompt
+from gvl_jax.models.qwen_vl.attention import Prompt, packed_mask
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.layers import Linear
 from gvl_jax.models.qwen_vl.text import Decoder
@@ -33,25 +33,48 @@ class QwenVL(nnx.Module):
         merged = None if batch.vision is None else self.visual(batch.vision, self.config.dtype, remat=remat)
         return self.embed(batch.tokens, batch.image_index, merged)
 
+    def _rows(self, batch: Batch, *, keep: bool, remat: bool):
+        """→ hidden [B, T, D], and the Prompt of every row if kept."""
+        x, mask = self._inputs(batch, remat), batch.segments > 0
+        # a picture ends lower than its number of tokens: the next position follows the largest so far
+        length = jnp.where(mask[None], batch.positions, -1).max((0, 2)) + 1
+        if batch.shared is None:
+            hidden, kept = self.text(x, batch.positions, batch.segments, keep=keep, remat=remat)
+            return hidden, Prompt(*kept, mask, length) if keep else None
+
+        S = len(batch.shared)
+        ones = jnp.ones((1, S), jnp.int32)
+        order = jnp.broadcast_to(jnp.arange(S), (3, 1, S))
+        _, shared = self.text(self.embed(batch.shared)[None], order, ones, keep=True, remat=remat)
+        prompt = Prompt(*shared, ones > 0, jnp.full((1,), S))
+        own = packed_mask(batch.segments)[None]
+        hidden, kept = self.text.extend(x[None], batch.positions[:, None], own, prompt, keep=keep, remat=remat)
+        if not keep:
+            return hidden[0], None
+        rows = len(batch.tokens)
+        k, v = (
+            jnp.concatenate([jnp.broadcast_to(first, (first.shape[0], rows, *first.shape[2:])), rest[:, 0]], axis=2)
+            for first, rest in zip(shared, kept, strict=True)
+        )
+        whole = jnp.concatenate([jnp.broadcast_to(mask[:, :1], (rows, S)), mask], axis=1)
+        return hidden[0], Prompt(k, v, whole, length)
+
     def __call__(self, batch: Batch, *, remat: bool = False):
         """Packed rows → hidden [B, T, D]; multiply by `head_kernel()` for logits."""
-        x = self._inputs(batch, remat)
-        return self.text(x, batch.positions, batch.segments, remat=remat)[0]
+        return self._rows(batch, keep=False, remat=remat)[0]
 
     def prefill(self, batch: Batch, *, remat: bool = False):
         """One prompt per row → hidden of its last token [B, D], and the Prompt that completions share."""
-        x, positions = self._inputs(batch, remat), batch.positions
-        hidden, (k, v) = self.text(x, positions, batch.segments, keep=True, remat=remat)
-        mask = batch.segments > 0
-        last = jnp.maximum(mask.sum(1) - 1, 0)
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
-        # a picture ends lower than its number of tokens: the next position follows the largest so far
-        length = jnp.where(mask[None], positions, -1).max((0, 2)) + 1
-        return hidden, Prompt(k, v, mask, length)
+        hidden, prompt = self._rows(batch, keep=True, remat=remat)
+        last = jnp.maximum((batch.segments > 0).sum(1) - 1, 0)
+        return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0], prompt
 
     def extend(self, tokens, prompt: Prompt, *, remat: bool = False):
         """Completions i32[B, R, J] of shared prompts → hidden [B, R, J, D], each token computed once."""
-        return self.text.extend(self.embed(tokens), prompt, remat=remat)
+        steps = jnp.arange(tokens.shape[2])
+        positions = jnp.broadcast_to(prompt.length[:, None, None] + steps[None, None], (3, *tokens.shape))
+        causal = (steps[:, None] >= steps[None, :])[None, None]
+        return self.text.extend(self.embed(tokens), positions, causal, prompt, remat=remat)[0]
 
     def decode(self, tokens, prompt: Prompt, cache, step):
         """The `step`-th token of every completion, i32[B, R] → hidden [B, R, D] and the cache with it."""

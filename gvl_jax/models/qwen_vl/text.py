@@ -1,5 +1,6 @@
 """The decoder: packed rows, prompts that are kept as a cache, and completions that continue a shared prompt."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -36,7 +37,7 @@ class DecoderLayer(nnx.Module):
 class Embedding(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape))
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape) * config.hidden_size**-0.5)
 
 
 class Decoder(nnx.Module):
@@ -51,7 +52,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, x, positions, segments, *, keep: bool = False, remat: bool = False):
         """x [B, T, D], positions i32[3, B, T], segments i32[B, T] → hidden [B, T, D]; keep: (k, v) [L, B, T, K, H]."""
-        angles, mask = self._angles(positions), packed_mask(segments)
+        angles, mask = self._angles(positions), packed_mask(segments)[:, None]
 
         def body(layer, x, _):
             return layer(x, angles, lambda q, k, v: (attend(q, k, v, mask), (k, v) if keep else None))
@@ -59,21 +60,19 @@ class Decoder(nnx.Module):
         x, kept = scan_layers(self.layers, x, body, remat=remat)
         return self.norm(x), kept
 
-    def extend(self, x, prompt: Prompt, *, remat: bool = False):
-        """Completions x [B, R, J, D] right after their shared prompt, all tokens at once → hidden [B, R, J, D]."""
-        J = x.shape[2]
-        positions = jnp.broadcast_to(prompt.length[:, None, None] + jnp.arange(J)[None, None], x.shape[:3])
-        angles = self._angles(jnp.broadcast_to(positions, (3, *positions.shape)))
-        causal = (jnp.arange(J)[:, None] >= jnp.arange(J)[None, :])[None, None]
+    def extend(self, x, positions, mask, prompt: Prompt, *, keep: bool = False, remat: bool = False):
+        """Rows that continue a shared prompt, all tokens at once: x [B, R, J, D], positions i32[3, B, R, J], mask
+        bool[B, R, J, J] among a row's own tokens → hidden [B, R, J, D], (k, v) [L, B, R, J, K, H] if kept."""
+        angles = self._angles(positions)
 
         def body(layer, x, shared):
             def attend_where(q, k, v):
-                return attend_after_prompt(q, *shared, prompt.mask, k, v, causal), None
+                return attend_after_prompt(q, *shared, prompt.mask, k, v, mask), (k, v) if keep else None
 
             return layer(x, angles, attend_where)
 
-        x, _ = scan_layers(self.layers, x, body, (prompt.k, prompt.v), remat=remat)
-        return self.norm(x)
+        x, kept = scan_layers(self.layers, x, body, (prompt.k, prompt.v), remat=remat)
+        return self.norm(x), kept
 
     def decode(self, x, prompt: Prompt, cache, step):
         """Token `step` of every completion: x [B, R, D], cache (k, v) [L, B, R, J, K, H] → hidden [B, R, D], cache.
