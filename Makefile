@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 .PHONY: demo test fast-test clean
 
-# Compiled programs, kept between test runs: the second takes half the time.
+# Compiled programs, kept between runs: the tests' second run takes half the time.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 

@@ -47,8 +47,9 @@ class Checkpoints:
         """
         latest = self.latest()
         if latest is not None and step <= latest:
-            raise CheckpointError(f"step {step} comes not after {self.folder / str(latest)}; resume from there "
-                                  "or use another folder")
+            raise CheckpointError(
+                f"step {step} comes not after {self.folder / str(latest)}; resume from there or use another folder"
+            )
         leaves = _leaves(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave({"meta": meta, "bits": _bits(leaves)})

@@ -238,6 +238,35 @@ class Eval:
         _positive(self, "prompts", "limit")
 
 
+@dataclass(frozen=True)
+class Moderate:
+    """Judge requests, responses and pictures that nobody has vouched for."""
+
+    model: str = ""  # checkpoint directory or hub id
+    revision: str | None = None  # of a hub id
+    input: str = ""  # JSONL; without it, --request, --response and --image make one record
+    output: str = ""  # JSONL; without it, standard output
+    request: str = ""
+    response: str | None = None
+    image: tuple[str, ...] = ()  # paths
+    prompts: int = 16  # prompts decoded together
+    max_new_tokens: int = 512  # a completion that is longer has no verdict, which blocks
+    max_images: int = 8  # of one record
+    max_characters: int = 100_000  # of a request, of a response
+    min_pixels: int | None = None  # default: the checkpoint's preprocessor_config.json
+    max_pixels: int | None = None
+    exit_code: bool = False  # exit with 3 if anything was flagged
+    dtype: Dtype = "bfloat16"
+    buckets: Buckets = field(default_factory=lambda: Buckets(prompt=(256, 512, 1024, 2048, 4096)))
+
+    def __post_init__(self) -> None:
+        _positive(self, "prompts", "max_new_tokens", "max_images", "max_characters", "min_pixels", "max_pixels")
+        _require(
+            not self.input or not (self.request or self.response or self.image),
+            "input is set and so is request, response or image; give a file or one record, not both",
+        )
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used: which file and key, what was found, what was expected."""
 
@@ -283,8 +312,9 @@ def _fill(config: Any, tree: object, prefix: str, keys: list[str]) -> Any:
     """`config` with the values of `tree` in place of its own; what the tree does not name stays."""
     if not isinstance(tree, dict):
         where = prefix.rstrip(".") or "the file"
-        raise ConfigError(f"{where}: got {_show(tree)}, expected a section with the keys "
-                          f"{', '.join(f.name for f in fields(config))}")
+        raise ConfigError(
+            f"{where}: got {_show(tree)}, expected a section with the keys {', '.join(f.name for f in fields(config))}"
+        )
     kinds = get_type_hints(type(config))
     values = {}
     for name, value in tree.items():

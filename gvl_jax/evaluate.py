@@ -19,7 +19,7 @@ from gvl_jax.guard.scores import Row, evaluate
 from gvl_jax.metrics import progress
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve
 from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row
-from gvl_jax.sampler import BUDGET, Sampler
+from gvl_jax.sampler import Sampler
 from gvl_jax.types import Example, Sample
 
 CHUNK = 8  # micro-batches of prompts judged between two writes
@@ -56,15 +56,12 @@ def run(config: Eval) -> list[dict]:
                 except SampleRejected as rejection:  # judged by nobody: a failure, not a missing row
                     row = sample_row(items[index][1], "", False, folder)
                     rows.append(row | {"index": index, "finished": False, "tokens": 0, "rejected": str(rejection)})
-            known = list(examples)
-            for chosen, rollout in sampler(params, list(examples.values()), names=known):
-                for row, texts in enumerate(sampler.texts(rollout)):
-                    finished = bool(rollout.stopped[row, 0] != BUDGET)
-                    index = known[chosen[row]]
-                    rows.append(
-                        sample_row(items[index][1], texts[0], finished, folder)
-                        | {"index": index, "finished": finished, "tokens": _reasoning_tokens(tokenizer, texts[0])}
-                    )
+            completions = sampler.complete(params, list(examples.values()), names=list(examples))
+            for index, (said,) in zip(examples, completions, strict=True):
+                row = sample_row(items[index][1], said.text, said.finished, folder)
+                rows.append(
+                    row | {"index": index, "finished": said.finished, "tokens": _reasoning_tokens(tokenizer, said.text)}
+                )
             append_rows(judgements, rows)
             advance(len(part))
 

@@ -34,7 +34,7 @@ def token_logprobs(hidden, head, targets, *, temperature=1.0, banned=None, chunk
 
 
 def next_token_logprobs(hidden, head, tokens, *, chunk: int = CHUNK):
-    """hidden [B, T, D], tokens i32[B, T] → f32[B, T]: entry t is the log-prob of token t given those before; entry 0 is 0."""
+    """hidden [B, T, D], tokens i32[B, T] → f32[B, T]: log-prob of token t given those before it; 0 for the first."""
     predicted = token_logprobs(hidden[:, :-1], head, tokens[:, 1:], chunk=chunk)
     return jnp.pad(predicted, ((0, 0), (1, 0)))
 
@@ -58,8 +58,10 @@ def clip_schedule(step, total_steps: int, epsilon: float):
     return epsilon * jnp.prod(jnp.where(jnp.arange(1, total_steps + 1) <= step, factors, 1.0))
 
 
-def policy_loss(logprobs, old_logprobs, advantages, loss_mask, *, clip_low, clip_high, mean: str = "sequence", total=None):
-    """-min(K·A, clip(K, 1 - clip_low, 1 + clip_high)·A), K = exp(logprobs - old_logprobs) per token (PPO's form of Eq. 6).
+def policy_loss(
+    logprobs, old_logprobs, advantages, loss_mask, *, clip_low, clip_high, mean: str = "sequence", total=None
+):
+    """PPO's form of Eq. 6: -min(K·A, clip(K, 1 - clip_low, 1 + clip_high)·A), K = exp(logprobs - old_logprobs) a token.
 
     logprobs, old_logprobs f32[..., J], loss_mask bool[..., J], advantages f32[...]. mean: "sequence" averages
     the tokens of each sequence, then the sequences; "token" averages all tokens. total: sequences (or tokens) of

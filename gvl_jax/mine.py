@@ -21,7 +21,7 @@ from gvl_jax.guard.verdict import parse
 from gvl_jax.metrics import MetricsWriter, progress
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve
 from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row
-from gvl_jax.sampler import BUDGET, Sampler
+from gvl_jax.sampler import Sampler
 from gvl_jax.types import Example, Sample
 
 CHUNK = 8  # micro-batches of prompts judged between two writes
@@ -64,15 +64,15 @@ def run(config: Mine) -> Path:
                     examples[index] = to_example(samples[index], tokenizer, config.images, max(config.buckets.prompt))
                 except SampleRejected as rejection:
                     rejected[rejection.reason] += 1
-            known, prompts = list(examples), list(examples.values())
+            # an item's index names its random key, so a resumed run draws what an uninterrupted one draws
+            completions = sampler.complete(
+                params, list(examples.values()), group_size=config.samples, seed=config.seed, names=list(examples)
+            )
             rows = []
-            # the item's own index is its random key, so a resumed run draws what an uninterrupted one draws
-            for chosen, rollout in sampler(params, prompts, group_size=config.samples, seed=config.seed, names=known):
-                for row, texts in zip(chosen, zip(sampler.texts(rollout), rollout.stopped, strict=True), strict=True):
-                    sample = samples[known[row]]
-                    right = [is_right(text, why != BUDGET, sample) for text, why in zip(*texts, strict=True)]
-                    rows.append({"index": known[row], "right": sum(right), "of": config.samples}
-                                | sample_row(sample, texts[0][0], texts[1][0] != BUDGET, folder))
+            for index, group in zip(examples, completions, strict=True):
+                right = sum(is_right(one.text, one.finished, samples[index]) for one in group)
+                shown = sample_row(samples[index], group[0].text, group[0].finished, folder)
+                rows.append({"index": index, "right": right, "of": config.samples} | shown)
             append_rows(attempts, rows)
             advance(len(part), note=f"all wrong: {sum(row['right'] == 0 for row in rows)} of {len(rows)}")
 

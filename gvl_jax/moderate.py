@@ -1,12 +1,158 @@
 """The guard as a function: a request, a response and pictures in, a judgement out; and the same for a JSONL file.
 
-Whatever goes wrong with an input or with the model's answer is a judgement too, one that blocks: it fails closed.
+Whatever is wrong with an input or with the model's answer becomes a judgement too, one that blocks: it fails closed.
 """
 
-import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import batched_rows
 from pathlib import Path
 from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL.Image import Image
+
+from gvl_jax.config import ConfigError, Dtype, Images, Moderate, Sampling
+from gvl_jax.data.loader import SampleRejected, to_example
+from gvl_jax.data.records import BadRecord, read_records
+from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.guard.verdict import flagged, parse
+from gvl_jax.metrics import progress
+from gvl_jax.models.qwen_vl.hub import image_bounds, load_config, load_params, resolve
+from gvl_jax.run_folder import keep_rows
+from gvl_jax.sampler import Completion, Sampler
+from gvl_jax.types import Example, Label, Sample
+
+CHUNK = 4  # micro-batches judged between two writes
+
+
+class Judgement(NamedTuple):
+    """What the guard says of one sample. `flagged` is the one to act on."""
+
+    id: str
+    request: Label | None  # None: no verdict
+    response: Label | None  # None: no verdict, or no response was given
+    flagged: bool  # harmful, or no verdict at all
+    status: str  # ok, parse_failed, truncated, input_rejected
+    reason: str | None  # why an input was rejected
+    reasoning: str | None
+    warnings: tuple[str, ...]  # reasoning_conflict
+    tokens: int  # generated
+
+    @classmethod
+    def rejected(cls, id: str, reason: str) -> "Judgement":
+        return cls(id, None, None, True, "input_rejected", reason, None, (), 0)
+
+
+class Guard:
+    """A Qwen2.5-VL guard from a checkpoint directory or hub id."""
+
+    def __init__(self, config: Moderate):
+        source = resolve(config.model, config.revision)
+        self.config, self.tokenizer = config, load_tokenizer(source)
+        self.model_config = replace(load_config(source), dtype=config.dtype)
+        self.params = jax.tree.map(jnp.asarray, load_params(source, self.model_config, dtype=np.dtype(config.dtype)))
+        low, high = image_bounds(source)
+        self.images = Images(config.min_pixels or low, config.max_pixels or high)
+        sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
+        self.sampler = Sampler(self.tokenizer, self.model_config, config.buckets, sampling, config.prompts)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_dir: str | Path, revision: str | None = None, dtype: Dtype = "bfloat16"
+    ) -> "Guard":
+        """Load a checkpoint. Raises HubError: not found, or not a whole Qwen2.5-VL checkpoint."""
+        return cls(Moderate(model=str(name_or_dir), revision=revision, dtype=dtype))
+
+    def moderate(
+        self, request: str = "", response: str | None = None, images: Sequence[str | Path | bytes | Image] = ()
+    ) -> Judgement:
+        """Judge one request, its response if there is one, and its pictures (paths, encoded bytes or PIL images)."""
+        sources = tuple(Path(image) if isinstance(image, str) else image for image in images)
+        return self.moderate_batch([Sample("request", request, response, sources)])[0]
+
+    def moderate_batch(self, samples: Sequence[Sample]) -> list[Judgement]:
+        """Judge many, in order. A sample that cannot be judged gives an `input_rejected` judgement."""
+        judged: dict[int, Judgement] = {}
+        examples: dict[int, Example] = {}
+        for index, sample in enumerate(samples):
+            try:
+                if len(sample.images) > self.config.max_images:
+                    message = f"got {len(sample.images)} images, at most {self.config.max_images} allowed"
+                    raise SampleRejected("too_many_images", message)
+                if max(len(sample.request), len(sample.response or "")) > self.config.max_characters:
+                    raise SampleRejected("too_long", f"over {self.config.max_characters} characters of text")
+                longest = max(self.config.buckets.prompt)
+                examples[index] = to_example(sample, self.tokenizer, self.images, longest)
+            except SampleRejected as rejection:
+                judged[index] = Judgement.rejected(sample.id, f"{rejection.reason}: {rejection}")
+        completions = self.sampler.complete(self.params, list(examples.values()))
+        for index, (said,) in zip(examples, completions, strict=True):
+            judged[index] = _judgement(samples[index], said)
+        return [judged[index] for index in range(len(samples))]
+
+
+def _judgement(sample: Sample, said: Completion) -> Judgement:
+    verdict = parse(said.text, said.finished)
+    if sample.response is None:  # a verdict on a response that was not given says nothing
+        verdict = verdict._replace(response=None)
+    blocks = flagged(verdict, has_response=sample.response is not None)
+    return Judgement(
+        sample.id, verdict.request, verdict.response, blocks, verdict.status, None, verdict.reasoning, verdict.warnings,
+        said.tokens,
+    )  # fmt: skip
+
+
+def run(config: Moderate) -> int:
+    """Judge every line of `config.input`, or the one record of the flags. → how many were flagged.
+
+    Rows go to `config.output` (or standard output) in the order of the lines; a bad line becomes an `input_rejected`
+    row. An interrupted run keeps what is done and is continued by the same command. Raises ConfigError, HubError.
+    """
+    if not config.model:
+        raise ConfigError("model is not set; give a checkpoint directory or a hub id")
+    if config.input:
+        lines = list(read_records(config.input))
+        if not lines:
+            raise ConfigError(f"{config.input} is empty; expected one JSON object a line")
+    elif config.request or config.response or config.image:
+        lines = [Sample("request", config.request, config.response, tuple(Path(image) for image in config.image))]
+    else:
+        raise ConfigError("nothing to judge; give --input FILE, or --request, --response and --image")
+
+    done = _done(config, lines)
+    guard = Guard(config)
+    flags = sum(row["flagged"] for row in done)
+    step = CHUNK * config.prompts
+    with ExitStack() as stack:
+        out = stack.enter_context(open(config.output, "a", encoding="utf-8")) if config.output else sys.stdout
+        advance = stack.enter_context(progress(len(lines), "moderate", initial=len(done))) if config.output else None
+        for start in range(len(done), len(lines), step):
+            part = lines[start : start + step]
+            judged = iter(guard.moderate_batch([line for line in part if isinstance(line, Sample)]))
+            for line in part:
+                name = line.id if isinstance(line, Sample) else line.id or f"line {line.line}"
+                row = next(judged) if isinstance(line, Sample) else Judgement.rejected(name, line.reason)
+                flags += row.flagged
+                out.write(json.dumps(row._asdict(), ensure_ascii=False) + "\n")
+            out.flush()
+            if advance:
+                advance(len(part), note=f"{flags} flagged")
+    return flags
+
+
+def _done(config: Moderate, lines: list[Sample | BadRecord]) -> list[dict]:
+    """The rows an interrupted run has written: those of the input's first lines, or the output is something else."""
+    if not config.output or not Path(config.output).exists():
+        return []
+    if Path(config.output).resolve() == Path(config.input).resolve():
+        raise ConfigError(f"output is the input, {config.input}; give another file")
+    rows = keep_rows(Path(config.output), lambda row: True)
+    names = [line.id if isinstance(line, Sample) else line.id or f"line {line.line}" for line in lines]
+    if [row.get("id") for row in rows] != names[: len(rows)]:
+        raise ConfigError(f"{config.output} exists and is not the beginning of this job; give another file")
+    return rows

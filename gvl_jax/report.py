@@ -84,8 +84,10 @@ def write_report(run_dir: str | Path) -> Path:
     candidates = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
     runs = [run for run in candidates if any((run / name).is_file() for name in FILES)]
     if not runs:
-        raise FileNotFoundError(f"{folder} holds no run: expected {', '.join(FILES)} in it or in its subfolders; "
-                                "give the output folder of a stage")
+        raise FileNotFoundError(
+            f"{folder} holds no run: expected {', '.join(FILES)} in it or in its subfolders; "
+            "give the output folder of a stage"
+        )
     runs.sort(key=_started)
     name, sections = folder.resolve().name, "".join(_section(run) for run in runs)
     links = "".join(f'<li><a href="#{escape(_anchor(run))}">{escape(run.resolve().name)}</a></li>' for run in runs)
@@ -225,11 +227,15 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
 def _figure(name: str, short: str, points: np.ndarray) -> str:
     """points: f64[n, 2], step and value."""
     first, last, low, high = points[0, 1], points[-1, 1], points[:, 1].min(), points[:, 1].max()
-    spoken = (f"{name}, steps {points[0, 0]:.0f} to {points[-1, 0]:.0f}: from {_show(first)} to {_show(last)}, "
-              f"lowest {_show(low)}, highest {_show(high)}")
+    spoken = (
+        f"{name}, steps {points[0, 0]:.0f} to {points[-1, 0]:.0f}: from {_show(first)} to {_show(last)}, "
+        f"lowest {_show(low)}, highest {_show(high)}"
+    )
     svg = _plot(points).replace("<svg ", f'<svg role="img" aria-label="{escape(spoken)}" ', 1)
-    return (f"<figure><figcaption><b>{escape(short)}</b><span>{_show(first)} → {_show(last)}</span></figcaption>"
-            f"{svg}</figure>")
+    return (
+        f"<figure><figcaption><b>{escape(short)}</b><span>{_show(first)} → {_show(last)}</span></figcaption>"
+        f"{svg}</figure>"
+    )
 
 
 def _plot(points: np.ndarray) -> str:
@@ -275,8 +281,9 @@ def _samples(run: Path, rows: list[dict[str, Any]]) -> str:
 
 def _sample(run: Path, row: dict[str, Any]) -> str:
     images = row["images"] if isinstance(row.get("images"), list) else []
-    pictures = "".join(_picture(run, image, f"Picture {i} of {row.get('id')}") for i, image in
-                       enumerate(images[:MAX_PICTURES], 1))
+    pictures = "".join(
+        _picture(run, image, f"Picture {i} of {row.get('id')}") for i, image in enumerate(images[:MAX_PICTURES], 1)
+    )
     if len(images) > MAX_PICTURES:
         pictures += f'<span class="muted">and {len(images) - MAX_PICTURES} more</span>'
     verdict = row["verdict"] if isinstance(row.get("verdict"), dict) else {}
@@ -345,5 +352,3 @@ def _show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3f}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from gvl_jax.checkpoint import Checkpoints
-from gvl_jax.config import Rl
+from gvl_jax.config import ConfigError, Rl
 from gvl_jax.data.images import open_image
 from gvl_jax.data.loader import SampleRejected, step_count, steps, to_example
 from gvl_jax.data.packing import batch_prompts
@@ -77,7 +77,14 @@ def accumulate(
         model = bind(model_config, trained | frozen)
         logprobs = completion_logprobs(model, batch, done.tokens, temperature, banned, remat=remat)
         return policy_loss(
-            logprobs, done.old_logprobs, done.advantages, done.mask, clip_low=clip, clip_high=clip, mean=mean, total=total
+            logprobs,
+            done.old_logprobs,
+            done.advantages,
+            done.mask,
+            clip_low=clip,
+            clip_high=clip,
+            mean=mean,
+            total=total,
         )
 
     (loss, metrics), new = jax.value_and_grad(loss_of, has_aux=True)(trained)
@@ -114,7 +121,12 @@ def run(config: Rl) -> Path:
     update = jax.jit(functools.partial(apply_updates, config.optim), donate_argnums=(0, 1))
 
     # ---------------------------------------------------------------- where a killed run goes on
-    total_steps = step_count(len(samples), config.prompts_per_step, config.epochs)
+    total_steps = step_count(len(samples), config.prompts_per_step, config.epochs, whole=True)
+    if not total_steps:
+        raise ConfigError(
+            f"{len(samples)} prompts, mixes included, do not make one step: prompts_per_step is "
+            f"{config.prompts_per_step}; lower it, or give more data"
+        )
     checkpoints = Checkpoints(folder)
     start = 0
     if checkpoints.latest() is not None:
@@ -125,7 +137,15 @@ def run(config: Rl) -> Path:
 
     # ---------------------------------------------------------------- loop
     rejected: Counter[str] = Counter()
-    todo = steps(samples, build, per_step=config.prompts_per_step, epochs=config.epochs, seed=config.seed, start=start)
+    todo = steps(
+        samples,
+        build,
+        per_step=config.prompts_per_step,
+        epochs=config.epochs,
+        seed=config.seed,
+        start=start,
+        whole=True,
+    )
     with progress(total_steps, "rl", initial=start) as advance:
         for step, built in enumerate(todo, start):
             began = time.monotonic()
@@ -138,7 +158,9 @@ def run(config: Rl) -> Path:
             if config.clip == "dynamic":
                 clip = clip_schedule(step + 1, total_steps, config.epsilon)
             rate = learning_rate(config.optim, step, total_steps)
-            parts = [groups[i : i + config.prompts_per_update] for i in range(0, len(groups), config.prompts_per_update)]
+            parts = [
+                groups[i : i + config.prompts_per_update] for i in range(0, len(groups), config.prompts_per_update)
+            ]
             # All old log-probs come from the policy that sampled: before the first update of the step.
             scored = [list(_scored(config, sampler, state["trained"], frozen, part)) for part in parts]
             sums: list[dict] = []
@@ -192,10 +214,9 @@ def _roll_out(config: Rl, sampler: Sampler, params, pairs: list[tuple[Sample, Ex
                 for text, why in zip(texts, stopped, strict=True)
             ]  # fmt: skip
             totals = np.array([[reward.total for reward in rewards]], np.float32)
-            groups[index] = Group(
-                sample, prompt, rollout.tokens[row], rollout.logprobs[row], rollout.lengths[row], stopped, texts, rewards,
-                np.asarray(group_advantages(totals, config.std_epsilon))[0],
-            )  # fmt: skip
+            advantages = np.asarray(group_advantages(totals, config.std_epsilon))[0]
+            drawn = (rollout.tokens[row], rollout.logprobs[row], rollout.lengths[row], stopped)
+            groups[index] = Group(sample, prompt, *drawn, texts, rewards, advantages)
     return [groups[index] for index in range(len(pairs))]
 
 
@@ -221,11 +242,12 @@ def _scored(config: Rl, sampler: Sampler, trained, frozen, groups: list[Group]):
             tokens[row, :, :width] = group.tokens[:, :width]
             mask[row] = np.arange(length)[None] < group.lengths[:, None]
             advantages[row] = group.advantages
-        old = score(trained, frozen, batch, tokens, temperature, sampler.vocabulary.banned, model_config=sampler.model_config)
+        old = score(
+            trained, frozen, batch, tokens, temperature, sampler.vocabulary.banned, model_config=sampler.model_config
+        )
         old = np.asarray(old)
         gaps = [
-            np.abs(old[row, :, :length] - group.logprobs[:, :length])[mask[row]]
-            for row, group in enumerate(members)
+            np.abs(old[row, :, :length] - group.logprobs[:, :length])[mask[row]] for row, group in enumerate(members)
         ]
         yield batch, Completions(tokens, mask, advantages, old), float(np.concatenate(gaps).mean())
 

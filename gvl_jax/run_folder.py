@@ -27,9 +27,12 @@ def open_run(config: Any, *required: str) -> Path:
         if config.resume == "never":
             raise ConfigError(f"{folder} holds a run and resume is 'never'; use another output, or --resume auto")
         if (before := file.read_text(encoding="utf-8")) != settings:
-            changed = sorted({line.split(":")[0].strip() for line in set(settings.splitlines()) ^ set(before.splitlines())})
+            changed = sorted(
+                {line.split(":")[0].strip() for line in set(settings.splitlines()) ^ set(before.splitlines())}
+            )
             raise ConfigError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}); use another output, or those of {file}"
+                f"{folder} holds a run with other settings ({', '.join(changed)}); "
+                f"use another output, or those of {file}"
             )
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(file, settings)

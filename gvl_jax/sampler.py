@@ -107,7 +107,9 @@ def generate(
         logits = jnp.where(vocab.banned[None, None], -jnp.inf, logits)
         choice = logits
         if not greedy:
-            noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, step), logits.shape[-1:])))(keys)
+            noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, step), logits.shape[-1:])))(
+                keys
+            )
             choice = truncate(logits, top_p, top_k) + noise
         token = jnp.argmax(choice, -1)
         chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
@@ -174,6 +176,14 @@ def completion_keys(seed: int, step: int, names: Sequence[int], rows: int, group
     return jax.vmap(lambda key: jax.random.split(key, group_size))(per_prompt)
 
 
+class Completion(NamedTuple):
+    """One completion as text."""
+
+    text: str
+    finished: bool  # stopped by itself, not by the budget
+    tokens: int
+
+
 class Sampler:
     """`generate` with everything that stays the same in a stage: shapes, tables, settings."""
 
@@ -226,3 +236,12 @@ class Sampler:
             ]
             for prompt in zip(rollout.tokens, rollout.lengths, strict=True)
         ]
+
+    def complete(self, params, prompts: Sequence[Example], **options) -> list[list[Completion]]:
+        """As above, as text: the group of each prompt, in the order of the prompts."""
+        groups: dict[int, list[Completion]] = {}
+        for indices, rollout in self(params, prompts, **options):
+            for row, (index, texts) in enumerate(zip(indices, self.texts(rollout), strict=True)):
+                ends = zip(texts, rollout.stopped[row], rollout.lengths[row], strict=True)
+                groups[index] = [Completion(text, bool(why != BUDGET), int(tokens)) for text, why, tokens in ends]
+        return [groups[index] for index in range(len(prompts))]

@@ -118,13 +118,16 @@ def run(config: Sft) -> Path:
             )
             scalars = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": grad_norm}
             scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
-            loss = float(loss)  # waits for the device: what follows is the step's true time
-            tokens, slots = sum(int((b.segments > 0).sum()) + len(shared) for b in batches), len(batches) * (len(shared) + config.rows * length)
+            final = float(loss)  # waits for the device: what follows is the step's true time
+            tokens, slots = (
+                sum(int((b.segments > 0).sum()) + len(shared) for b in batches),
+                len(batches) * (len(shared) + config.rows * length),
+            )
             scalars |= throughput(tokens, max(slots, 1), time.monotonic() - began)
             metrics.write(step, scalars | {"perf/compiles": compiles.total})
             if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
                 checkpoints.save(step + 1, state, {"step": step + 1})
-            advance(note=f"loss {loss:.3f}")
+            advance(note=f"loss {final:.3f}")
     checkpoints.close()
     metrics.close()
     compiles.close()

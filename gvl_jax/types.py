@@ -59,9 +59,9 @@ class Vision(NamedTuple):
 class Batch(NamedTuple):
     """One micro-batch of packed rows.
 
-        tokens     [ s y s u s e r … a n s w e r | s y s u s e r … a n s w e r | pad ]
-        segments   [ 1 1 1 1 1 1 1 1 1 1 1 1 1 1 | 2 2 2 2 2 2 2 2 2 2 2 2 2 2 | 0   ]
-        loss_mask  [ 0 0 0 0 0 0 0 0 1 1 1 1 1 1 | 0 0 0 0 0 0 0 0 1 1 1 1 1 1 | 0   ]
+    tokens     [ s y s u s e r … a n s w e r | s y s u s e r … a n s w e r | pad ]
+    segments   [ 1 1 1 1 1 1 1 1 1 1 1 1 1 1 | 2 2 2 2 2 2 2 2 2 2 2 2 2 2 | 0   ]
+    loss_mask  [ 0 0 0 0 0 0 0 0 1 1 1 1 1 1 | 0 0 0 0 0 0 0 0 1 1 1 1 1 1 | 0   ]
     """
 
     tokens: Array  # i32[B, T]
@@ -70,7 +70,9 @@ class Batch(NamedTuple):
     segments: Array  # i32[B, T] from 1; 0 = padding
     image_index: Array  # i32[B, T] which merged patch replaces the token's embedding; -1 = none
     vision: Vision | None  # None: no image in the micro-batch, the vision tower does not run
-    shared: Array | None = None  # i32[S] what every sample begins with (the instruction): computed once, not in the rows
+    shared: Array | None = (
+        None  # i32[S] what every sample begins with (the instruction): computed once, not in the rows
+    )
 
 
 class Rollout(NamedTuple):

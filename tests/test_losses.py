@@ -113,7 +113,7 @@ def test_advantages_by_hand():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.floats(-1e4, 1e4, width=32), st.integers(2, 17))
+@given(st.floats(-1e4, 1e4, width=32), st.sampled_from([2, 3, 7, 12, 16]))
 def test_a_group_of_equal_rewards_has_no_advantage(reward, size):
     assert (group_advantages(np.full((1, size), reward, F32)) == 0).all()
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
-
 from PIL.Image import Image
 
 from gvl_jax.config import Images
@@ -22,7 +21,9 @@ class SampleRejected(ValueError):
         self.reason = reason
 
 
-def to_example(sample: Sample, tokenizer: Tokenizer, images: Images, max_length: int, answer: str | None = None) -> Example:
+def to_example(
+    sample: Sample, tokenizer: Tokenizer, images: Images, max_length: int, answer: str | None = None
+) -> Example:
     """Sample → Example: the prompt alone, or prompt and answer (which is then what is learned).
 
     A sample over `max_length` tokens has its pictures shrunk by the smart-resize rule until it fits; text is
@@ -38,13 +39,16 @@ def to_example(sample: Sample, tokenizer: Tokenizer, images: Images, max_length:
             most = max_pixels_for((max_length - text) // len(opened))
             example = _assemble(sample, tokenizer, opened, min(images.min_pixels, most), most, answer)
         if len(example.tokens) > max_length:
-            raise SampleRejected("too_long", f"{text} tokens of text and {len(opened)} pictures, at most {max_length} fit")
+            message = f"{text} tokens of text and {len(opened)} pictures, at most {max_length} tokens fit"
+            raise SampleRejected("too_long", message)
         return example
     except ImageRejected as error:
         raise SampleRejected(error.reason, str(error)) from error
 
 
-def _assemble(sample: Sample, tokenizer: Tokenizer, opened: list[Image], low: int, high: int, answer: str | None) -> Example:
+def _assemble(
+    sample: Sample, tokenizer: Tokenizer, opened: list[Image], low: int, high: int, answer: str | None
+) -> Example:
     prepared = [to_patches(image, low, high) for image in opened]
     grids = np.array([grid for _, grid in prepared], np.int32).reshape(-1, 3)
     patches = np.concatenate([p for p, _ in prepared]) if prepared else np.zeros((0, PATCH_VALUES), np.float32)
@@ -57,19 +61,28 @@ def _assemble(sample: Sample, tokenizer: Tokenizer, opened: list[Image], low: in
 
 
 def steps(
-    samples: Sequence, build: Callable, *, per_step: int, epochs: int, seed: int, start: int = 0, workers: int = 2
+    samples: Sequence,
+    build: Callable,
+    *,
+    per_step: int,
+    epochs: int,
+    seed: int,
+    start: int = 0,
+    whole: bool = False,
+    workers: int = 2,
 ) -> Iterator[list]:
     """The lists of a run, from step `start`: shuffled anew each epoch, `per_step` a list, built ahead in threads.
 
     A step is a function of (samples, per_step, epochs, seed, its number) and nothing else, so a resumed run
     reads on exactly where it stopped; packing into micro-batches comes after and never changes a step.
+    whole: leave out a last list that is not full.
     """
     order = grain.MapDataset.source(samples).seed(seed).shuffle().repeat(epochs).map(build)
-    batches = order.batch(per_step, batch_fn=list)
+    batches = order.batch(per_step, drop_remainder=whole, batch_fn=list)
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4)
     return iter(batches[start:].to_iter_dataset(options))
 
 
-def step_count(samples: int, per_step: int, epochs: int) -> int:
-    """Steps of a run; the last one may be short."""
-    return -(-samples * epochs // per_step)
+def step_count(samples: int, per_step: int, epochs: int, whole: bool = False) -> int:
+    """Steps of a run; the last one may be short, unless only `whole` ones count."""
+    return samples * epochs // per_step if whole else -(-samples * epochs // per_step)

@@ -1,53 +1,36 @@
-"""At the first update of a rollout batch the policy is the old policy: the ratio is 1.0, to the last bit."""
-
-import functools
+"""At the first update after a rollout the policy is the one that was scored: every ratio is 1.0, to the last bit."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import VOCAB, example, layout, tiny_config, tiny_params
+from tiny_models import VOCAB, continued, example, layout, tiny_config, tiny_params
 
 from gvl_jax.data.packing import pack_prompts
-from gvl_jax.losses import policy_loss, token_logprobs
-from gvl_jax.models.qwen_vl.model import bind
+from gvl_jax.rl import Completions, accumulate, score
 
 CONFIG = tiny_config()
+INSTRUCTION = tuple(range(3, 9))
 R, J = 3, 7
 
 
-def logprobs(params, batch, tokens, remat=False):
-    model = bind(CONFIG, params)
-    last, prompt = model.prefill(batch, remat=remat)
-    hidden = model.extend(tokens, prompt, remat=remat)[:, :, :-1]
-    hidden = jnp.concatenate([jnp.broadcast_to(last[:, None, None], (*hidden.shape[:2], 1, hidden.shape[-1])), hidden], 2)
-    return token_logprobs(hidden, model.head_kernel(), tokens, temperature=1.2)
-
-
-score = jax.jit(logprobs)
-
-
-@functools.partial(jax.jit, static_argnames="remat")
-def update(params, batch, tokens, old, advantages, mask, clip, remat):
-    def loss(params):
-        new = logprobs(params, batch, tokens, remat)
-        loss, metrics = policy_loss(new, old, advantages, mask, clip_low=clip, clip_high=clip)
-        return loss, (new, metrics)
-
-    return jax.value_and_grad(loss, has_aux=True)(params)
-
-
 @pytest.mark.parametrize(("images", "remat"), [((0, 0), False), ((1, 3), False), ((1, 3), True)])
-def test_scored_and_trained_logprobs_are_the_same_bits(images, remat):
+def test_the_scoring_pass_and_the_training_pass_agree_to_the_last_bit(images, remat):
     rng = np.random.default_rng(0)
     prompts = [example(rng, n, sides=[(56, 84), (140, 112), (28, 112)]) for n in images]
-    length = max(len(p.tokens) for p in prompts) + 3
-    batch = pack_prompts(prompts, rows=2, length=length, layout=layout(CONFIG, 256, 512))
+    prompts = [continued(p._replace(tokens=np.append(INSTRUCTION, p.tokens)), []) for p in prompts]
+    length = max(len(p.tokens) for p in prompts)
+    batch = pack_prompts(prompts, rows=2, length=length, layout=layout(CONFIG, 256, 512)._replace(shared=INSTRUCTION))
     tokens = rng.integers(0, VOCAB, (2, R, J)).astype(np.int32)
     mask = np.arange(J) < rng.integers(1, J + 1, (2, R))[..., None]
-    advantages = rng.standard_normal((2, R)).astype(np.float32)
-    params = tiny_params(CONFIG)
-    old = score(params, batch, tokens)
-    (_, (new, metrics)), _ = update(params, batch, tokens, old, advantages, mask, np.float32(0.2), remat)
-    np.testing.assert_array_equal(old, new)
-    assert metrics["ratio_max"] == 1.0 and metrics["approx_kl"] == 0.0 and metrics["clipped"] == 0
+    temperature, banned, params = np.float32(1.2), np.arange(VOCAB) == VOCAB, tiny_params(CONFIG)
+    old = score(params, {}, batch, tokens, temperature, banned, model_config=CONFIG)
+    # With an empty clip range a ratio above 1 counts as clipped when the advantage is positive, one below when not.
+    for advantage in (1.0, -1.0):
+        done = Completions(tokens, mask, np.full((2, R), advantage, np.float32), old)
+        _, metrics = accumulate(
+            params, {}, jax.tree.map(jnp.zeros_like, params), batch, done, temperature, banned, np.float32(0),
+            np.float32(2 * R), model_config=CONFIG, remat=remat, mean="sequence",
+        )  # fmt: skip
+        assert metrics["clipped"] == 0 and metrics["ratio_max"] == 1.0
+        assert metrics["ratio"] == metrics["tokens"] == mask.sum()

@@ -9,6 +9,7 @@ from jax import lax
 from gvl_jax.types import Array
 
 MASKED = -1e30  # not -inf: a row with no key left stays finite
+QUERIES = 1024  # patches whose scores over all patches exist at a time
 
 
 class Prompt(NamedTuple):
@@ -23,6 +24,26 @@ class Prompt(NamedTuple):
 def attend(q, k, v, mask):
     """q [B, T, N, H], k and v [B, S, K, H], mask bool broadcastable to [B, 1, T, S] → [B, T, N, H]."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def attend_in_segments(q, k, v, segments):
+    """Full attention inside each segment: q, k, v [P, N, H], segments i32[P] → [P, N, H].
+
+    QUERIES at a time: a picture of 4 megapixels has 21,400 patches, whose [N, P, P] scores would take 29 GB.
+    """
+    P = len(segments)
+    if P <= QUERIES:
+        return attend(q[None], k[None], v[None], (segments[:, None] == segments[None, :])[None, None])[0]
+    padding = -P % QUERIES
+    q = jnp.pad(q, ((0, padding), (0, 0), (0, 0))).reshape(-1, 1, QUERIES, *q.shape[1:])
+    own = jnp.pad(segments, (0, padding)).reshape(-1, QUERIES)
+
+    @jax.checkpoint
+    def some(block):
+        q, own = block
+        return attend(q, k[None], v[None], (own[:, None] == segments[None, :])[None, None])[0]
+
+    return lax.map(some, (q, own)).reshape(-1, *v.shape[1:])[:P]
 
 
 def packed_mask(segments):

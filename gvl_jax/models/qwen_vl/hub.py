@@ -30,7 +30,7 @@ COMPANIONS = (
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 
-class HubError(Exception):
+class HubError(RuntimeError):
     """A checkpoint that cannot be found, read, fitted to the model, or written."""
 
 
@@ -78,6 +78,15 @@ def load_config(directory: str | Path) -> QwenVLConfig:
         return from_hf(json.loads(path.read_text()))
     except ValueError as error:  # JSONDecodeError is one
         raise HubError(f"{path}: {error}") from error
+
+
+def image_bounds(directory: str | Path) -> tuple[int, int]:
+    """(min_pixels, max_pixels) of the checkpoint's preprocessor_config.json; Qwen2.5-VL's own where it says nothing."""
+    path = Path(directory) / "preprocessor_config.json"
+    raw = json.loads(path.read_text()) if path.is_file() else {}
+    size = raw.get("size") or {}
+    low = raw.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+    return low, raw.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 16384
 
 
 def detect_layout(directory: str | Path) -> Layout:

@@ -40,13 +40,13 @@ class QwenVL(nnx.Module):
         length = jnp.where(mask[None], batch.positions, -1).max((0, 2)) + 1
         if batch.shared is None:
             hidden, kept = self.text(x, batch.positions, batch.segments, keep=keep, remat=remat)
-            return hidden, Prompt(*kept, mask, length) if keep else None
+            return hidden, Prompt(kept[0], kept[1], mask, length) if keep else None
 
         S = len(batch.shared)
         ones = jnp.ones((1, S), jnp.int32)
         order = jnp.broadcast_to(jnp.arange(S), (3, 1, S))
         _, shared = self.text(self.embed(batch.shared)[None], order, ones, keep=True, remat=remat)
-        prompt = Prompt(*shared, ones > 0, jnp.full((1,), S))
+        prompt = Prompt(shared[0], shared[1], ones > 0, jnp.full((1,), S))
         own = packed_mask(batch.segments)[None]
         hidden, kept = self.text.extend(x[None], batch.positions[:, None], own, prompt, keep=keep, remat=remat)
         if not keep:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gvl_jax.models.qwen_vl.attention import attend
+from gvl_jax.models.qwen_vl.attention import attend, attend_in_segments
 from gvl_jax.models.qwen_vl.config import VisionConfig
 from gvl_jax.models.qwen_vl.layers import Linear, RMSNorm, gated_mlp, scan_layers, stack
 from gvl_jax.models.qwen_vl.rope import rotate, vision_angles
@@ -62,11 +62,10 @@ class VisionTower(nnx.Module):
         """→ [M, D] in window order. Padding patches give finite values that no token reads."""
         x = self.patch_embed(vision.patches.astype(dtype))
         angles = vision_angles(vision.coords, self.config.hidden_size // self.config.num_heads)
-        same_image = (vision.image[:, None] == vision.image[None, :])[None, None]
         filled = (vision.windows < len(vision.patches))[:, None, None, :]
 
         def in_image(q, k, v):
-            return attend(q[None], k[None], v[None], same_image)[0]
+            return attend_in_segments(q, k, v, vision.image)
 
         def in_window(q, k, v):
             q, k, v = (jnp.take(a, vision.windows, axis=0, mode="fill", fill_value=0) for a in (q, k, v))

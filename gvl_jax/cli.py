@@ -1,0 +1,207 @@
+"""The `gvl` command: a verb, a config file, flags. No logic: each verb calls the function that does it.
+
+Exit codes: 0 done · 1 failed · 2 wrong usage · 3 something was flagged under `moderate --exit-code` · 130 interrupted
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gvl_jax.config import ConfigError, Eval, Mine, Moderate, Rl, Sft, dump, load
+
+USAGE = """\
+gvl VERB …
+
+  demo [--seeds N] [--json FILE]     train a tiny guard by every stage of the method, and judge with it
+  sft CFG        mine CFG            fine-tune on reasoning; find the items that the model gets wrong
+  rl CFG         eval CFG            reinforce; score labelled records
+  moderate MODEL [--input FILE]      judge requests, responses and pictures
+  convert from-hf|to-hf|verify …     checkpoints between layouts, losslessly
+  data embedded DIR                  write the small corpus made for the demo
+  report RUN                         report.html of a run folder
+
+CFG is a YAML file of configs/; any of its fields is a flag: --optim.peak-lr 2e-5. `gvl VERB --help` lists them.
+A stage that was stopped goes on when the same command is given again. --dry-run shows what would be done."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. → the exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if args else 2
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
+        print(f"gvl: unknown verb {verb!r}; {hint}", file=sys.stderr)
+        return 2
+    try:
+        return VERBS[verb](rest)
+    except ConfigError as error:
+        print(f"gvl {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ngvl {verb}: interrupted; what is done is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if os.environ.get("GVL_TRACEBACK"):
+            raise
+        message = str(error) or type(error).__name__
+        print(f"gvl {verb}: {message}", file=sys.stderr)
+        return 1
+
+
+def _stage(kind: Any, module: str) -> Callable[[list[str]], int]:
+    def call(args: list[str]) -> int:
+        dry, args = "--dry-run" in args, [arg for arg in args if arg not in ("--dry-run", "--json")]
+        path = args.pop(0) if args and not args[0].startswith("-") else None
+        config = load(kind, path, args)
+        if dry:
+            print(dump(config), end="")
+            print(f"# would run {module} and write {config.output or 'nothing: output is not set'}")
+            return 0
+        _compile_cache()
+        result = _entry(module)(config)
+        print(_scores(result) if kind is Eval else f"{module}: {result}")
+        return 0
+
+    return call
+
+
+def _entry(module: str) -> Callable[..., Any]:
+    """`run` of a stage: imported on use, since it starts JAX."""
+    import importlib
+
+    return importlib.import_module(f"gvl_jax.{module}").run
+
+
+def _compile_cache() -> None:
+    """Keep compiled programs between processes, unless JAX_COMPILATION_CACHE_DIR says where (or, empty, not to)."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "gvl_jax" / "xla"))
+
+
+def _scores(table: list[dict]) -> str:
+    """The strict table of `evaluate` for people."""
+    columns = ("task", "modality", "benchmark", "n", "f1", "precision", "recall", "fpr", "balanced_accuracy",
+               "parse_failures", "mean_tokens")  # fmt: skip
+    rows = [line for line in table if line["predictor"] == "model"]
+    lines = ["  ".join(f"{name:>17}" for name in ("rule", *columns))]
+    for row in rows:
+        cells = [row["rule"], *(row[name] for name in columns)]
+        lines.append(
+            "  ".join(f"{'—' if c is None else f'{c:.3f}' if isinstance(c, float) else c!s:>17}" for c in cells)
+        )
+    return "\n".join(lines)
+
+
+def _moderate(args: list[str]) -> int:
+    if args and not args[0].startswith("-"):
+        args = ["--model", *args]
+    dry, args = "--dry-run" in args, [arg for arg in args if arg not in ("--dry-run", "--json")]
+    config = load(Moderate, None, args)
+    if dry:
+        print(dump(config), end="")
+        return 0
+    _compile_cache()
+    flagged = _entry("moderate")(config)
+    return 3 if flagged and config.exit_code else 0
+
+
+def _demo(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("gvl demo", description="every stage of the method on a small made-up corpus")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="how many times, with seeds 0, 1, … (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="write the table for machines to this file")
+    options = parser.parse_args(args)
+    _compile_cache()
+    _entry("demo")(options.output, options.seeds, options.json)
+    return 0
+
+
+def _convert(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("gvl convert")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, text in (("from-hf", "any layout → the hub's"), ("to-hf", "any layout → --layout")):
+        one = verbs.add_parser(name, help=text)
+        one.add_argument("source")
+        one.add_argument("target", type=Path)
+        one.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+        if name == "to-hf":
+            one.add_argument("--layout", choices=("hub", "transformers5"), default="hub")
+    verify = verbs.add_parser("verify", help="compare two checkpoints tensor by tensor")
+    verify.add_argument("first")
+    verify.add_argument("second")
+    options = parser.parse_args(args)
+
+    from gvl_jax.models.qwen_vl import hub
+
+    if options.verb == "verify":
+        differences = hub.verify(options.first, options.second)
+        print("\n".join(differences) or f"{options.first} and {options.second} hold the same tensors")
+        return 1 if differences else 0
+    source = hub.resolve(options.source)
+    config = hub.load_config(source)
+    layout: hub.Layout = getattr(options, "layout", "hub")
+    hub.save_params(
+        options.target, hub.load_params(source, config), config, layout=layout, dtype=options.dtype, source=source
+    )
+    print(f"{options.target}: {layout} layout, {options.dtype}")
+    return 0
+
+
+def _data(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("gvl data")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    embedded = verbs.add_parser("embedded", help="write the small corpus made for the demo")
+    embedded.add_argument("directory", type=Path)
+    embedded.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(args)
+
+    from gvl_jax.data.embedded import write
+
+    write(options.directory, options.seed)
+    print(f"{options.directory}: train.jsonl, heldout.jsonl, images/")
+    return 0
+
+
+def _report(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("gvl report")
+    parser.add_argument("run", type=Path, help="a run folder, or a folder of run folders")
+    parser.add_argument("--json", action="store_true", help="print the path as JSON")
+    options = parser.parse_args(args)
+
+    from gvl_jax.report import write_report
+
+    path = write_report(options.run)
+    print(json.dumps({"report": str(path)}) if options.json else path)
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo,
+    "sft": _stage(Sft, "sft"),
+    "mine": _stage(Mine, "mine"),
+    "rl": _stage(Rl, "rl"),
+    "eval": _stage(Eval, "evaluate"),
+    "moderate": _moderate,
+    "convert": _convert,
+    "data": _data,
+    "report": _report,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
