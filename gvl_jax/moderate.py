@@ -20,7 +20,7 @@ from gvl_jax.config import ConfigError, Dtype, Images, Moderate, Sampling
 from gvl_jax.data.loader import SampleRejected, to_example
 from gvl_jax.data.records import BadRecord, read_records
 from gvl_jax.data.tokenizer import load_tokenizer
-from gvl_jax.guard.verdict import flagged, parse
+from gvl_jax.guard.verdict import flagged, parse, with_label
 from gvl_jax.metrics import progress
 from gvl_jax.models.qwen_vl.hub import image_bounds, load_config, load_params, resolve
 from gvl_jax.run_folder import keep_rows
@@ -41,11 +41,12 @@ class Judgement(NamedTuple):
     reason: str | None  # why an input was rejected
     reasoning: str | None
     warnings: tuple[str, ...]  # reasoning_conflict
+    scores: dict[str, float | None]  # P(harmful) at the label, after the reasoning: near 0 or 1, and no calibration
     tokens: int  # generated
 
     @classmethod
     def rejected(cls, id: str, reason: str) -> "Judgement":
-        return cls(id, None, None, True, "input_rejected", reason, None, (), 0)
+        return cls(id, None, None, True, "input_rejected", reason, None, (), {"request": None, "response": None}, 0)
 
 
 class Guard:
@@ -93,7 +94,39 @@ class Guard:
         completions = self.sampler.complete(self.params, list(examples.values()))
         for index, (said,) in zip(examples, completions, strict=True):
             judged[index] = _judgement(samples[index], said)
+        accepted = [
+            (index, said.text)
+            for index, (said,) in zip(examples, completions, strict=True)
+            if judged[index].status == "ok"
+        ]
+        scores = self._scores([examples[index] for index, _ in accepted], [text for _, text in accepted])
+        for (index, _), (request, response) in zip(accepted, scores, strict=True):
+            has_response = samples[index].response is not None
+            known = {"request": request, "response": response if has_response else None}
+            judged[index] = judged[index]._replace(scores=known)
         return [judged[index] for index in range(len(samples))]
+
+    def _scores(self, prompts: list[Example], texts: list[str]) -> list[tuple[float, float]]:
+        """P(harmful) of (request, response): the label against its opposite, where it stands after the reasoning."""
+        candidates = [
+            [
+                self.tokenizer.encode_text(with_label(text, task, label))
+                for task in ("request", "response")
+                for label in ("harmful", "unharmful")
+            ]
+            for text in texts
+        ]
+        scores = []
+        for harmful, unharmful, harmful_response, unharmful_response in self.sampler.score(
+            self.params, prompts, candidates
+        ):
+            scores.append((_share(harmful, unharmful), _share(harmful_response, unharmful_response)))
+        return scores
+
+
+def _share(first: np.ndarray, second: np.ndarray) -> float:
+    """P(first) / (P(first) + P(second)) of two continuations, from the log-probs of their tokens."""
+    return float(1 / (1 + np.exp(np.clip(second.sum() - first.sum(), -700, 700))))
 
 
 def _judgement(sample: Sample, said: Completion) -> Judgement:
@@ -103,7 +136,7 @@ def _judgement(sample: Sample, said: Completion) -> Judgement:
     blocks = flagged(verdict, has_response=sample.response is not None)
     return Judgement(
         sample.id, verdict.request, verdict.response, blocks, verdict.status, None, verdict.reasoning, verdict.warnings,
-        said.tokens,
+        {"request": None, "response": None}, said.tokens,
     )  # fmt: skip
 
 

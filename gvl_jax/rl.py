@@ -33,7 +33,7 @@ from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve, save_p
 from gvl_jax.models.qwen_vl.model import bind
 from gvl_jax.optim import apply_updates, learning_rate, optimizer, split_trained
 from gvl_jax.run_folder import append_rows, keep_rows, open_run, sample_row
-from gvl_jax.sampler import BUDGET, Sampler, completion_logprobs
+from gvl_jax.sampler import BUDGET, Sampler, completion_logprobs, score
 from gvl_jax.types import Batch, Example, Sample
 
 
@@ -58,12 +58,6 @@ class Completions(NamedTuple):
     mask: np.ndarray  # bool[B, R, J]
     advantages: np.ndarray  # f32[B, R]
     old_logprobs: np.ndarray  # f32[B, R, J]
-
-
-@functools.partial(jax.jit, static_argnames=("model_config",))
-def score(trained, frozen, batch: Batch, tokens, temperature, banned, *, model_config: QwenVLConfig):
-    """The old log-probs: those of the policy that sampled, by the forward pass that trains."""
-    return completion_logprobs(bind(model_config, trained | frozen), batch, tokens, temperature, banned)
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "remat", "mean"), donate_argnames=("grads",))
@@ -242,10 +236,8 @@ def _scored(config: Rl, sampler: Sampler, trained, frozen, groups: list[Group]):
             tokens[row, :, :width] = group.tokens[:, :width]
             mask[row] = np.arange(length)[None] < group.lengths[:, None]
             advantages[row] = group.advantages
-        old = score(
-            trained, frozen, batch, tokens, temperature, sampler.vocabulary.banned, model_config=sampler.model_config
-        )
-        old = np.asarray(old)
+        banned = sampler.vocabulary.banned
+        old = np.asarray(score(trained | frozen, batch, tokens, temperature, banned, config=sampler.model_config))
         gaps = [
             np.abs(old[row, :, :length] - group.logprobs[:, :length])[mask[row]] for row, group in enumerate(members)
         ]

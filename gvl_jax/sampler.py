@@ -167,6 +167,12 @@ def completion_logprobs(model, batch: Batch, tokens, temperature, banned, *, rem
     return token_logprobs(hidden, model.head_kernel(), tokens, temperature=temperature, banned=banned)
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def score(params, batch: Batch, tokens, temperature, banned, *, config: QwenVLConfig):
+    """`completion_logprobs` compiled, without gradient."""
+    return completion_logprobs(bind(config, params), batch, tokens, temperature, banned)
+
+
 def completion_keys(seed: int, step: int, names: Sequence[int], rows: int, group_size: int):
     """Random keys [rows, group_size]: a completion's draw depends on (seed, step, its prompt's name, its number)."""
     base = jax.random.fold_in(jax.random.key(seed), step)
@@ -225,6 +231,26 @@ class Sampler:
             )
             host = jax.device_get(rollout)
             yield indices, Rollout(*(array[: len(indices)] for array in host))
+
+    def score(self, params, prompts: Sequence[Example], completions: Sequence[Sequence[Sequence[int]]]) -> list:
+        """Log-probs of given completions under softmax(logits) over allowed ids: prompts [B], ids [B][R][any length],
+        R the same for all → [B] lists of R arrays f32[length]. Raises ValueError for one over all buckets."""
+        scored: dict[int, list[np.ndarray]] = {}
+        for indices, batch in batch_prompts(prompts, rows=self.rows, lengths=self.buckets.prompt, layout=self.layout):
+            longest = max(len(ids) for index in indices for ids in completions[index])
+            length = next((size for size in sorted(self.buckets.completion) if size >= longest), None)
+            if length is None:
+                raise ValueError(f"a completion has {longest} tokens, buckets.completion end below; raise them")
+            tokens = np.zeros((self.rows, len(completions[0]), length), np.int32)
+            for row, index in enumerate(indices):
+                for number, ids in enumerate(completions[index]):
+                    tokens[row, number, : len(ids)] = ids
+            logprobs = np.asarray(
+                score(params, batch, tokens, np.float32(1), self.vocabulary.banned, config=self.model_config)
+            )
+            for row, index in enumerate(indices):
+                scored[index] = [logprobs[row, number, : len(ids)] for number, ids in enumerate(completions[index])]
+        return [scored[index] for index in range(len(prompts))]
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """The completions' text [B][R], without the end token."""
