@@ -107,7 +107,7 @@ class Checkpoints:
         wrong = [path for path in bits if bits[path] != restored.meta["bits"][path]]
         if wrong:
             raise CheckpointError(f"the bits of {', '.join(wrong)} are not those that were saved")
-        leaves = [restored.state[path] for path in expected]
+        leaves = [_free_as(leaf, restored.state[path]) for path, leaf in _leaves(like).items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), restored.meta["meta"]
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -132,6 +132,12 @@ def _abstract(leaf: Any) -> Any:
         return leaf
     sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _free_as(like: Any, restored: Any) -> Any:
+    """Orbax commits arrays to their devices. Where `like` is not committed the restored one must not be either: jit
+    tells them apart, and a resumed run would compile everything once more."""
+    return jnp.array(np.asarray(restored)) if isinstance(like, jax.Array) and not like.committed else restored
 
 
 def _shape(leaf: Any) -> str:

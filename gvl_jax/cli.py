@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gvl_jax.config import ConfigError, Eval, Mine, Moderate, Rl, Sft, dump, load
+from gvl_jax.config import ConfigError, Dtype, Eval, Mine, Moderate, Rl, Sft, dump, load
 
 USAGE = """\
 gvl VERB …
@@ -138,7 +138,7 @@ def _convert(args: list[str]) -> int:
         one = verbs.add_parser(name, help=text)
         one.add_argument("source")
         one.add_argument("target", type=Path)
-        one.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+        one.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as stored (float16 as float32)")
         if name == "to-hf":
             one.add_argument("--layout", choices=("hub", "transformers5"), default="hub")
     verify = verbs.add_parser("verify", help="compare two checkpoints tensor by tensor")
@@ -155,10 +155,11 @@ def _convert(args: list[str]) -> int:
     source = hub.resolve(options.source)
     config = hub.load_config(source)
     layout: hub.Layout = getattr(options, "layout", "hub")
-    hub.save_params(
-        options.target, hub.load_params(source, config), config, layout=layout, dtype=options.dtype, source=source
-    )
-    print(f"{options.target}: {layout} layout, {options.dtype}")
+    params = hub.load_params(source, config, dtype=options.dtype)
+    stored = {leaf.dtype.name for leaf in hub.flatten(params).values()}
+    dtype: Dtype = "bfloat16" if stored == {"bfloat16"} else "float32"
+    hub.save_params(options.target, params, config, layout=layout, dtype=dtype, source=source)
+    print(f"{options.target}: {layout} layout, {dtype}")
     return 0
 
 

@@ -4,6 +4,8 @@ The stages are the ordinary ones with the files of configs/demo; only the model 
 """
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from gvl_jax.run_folder import replace_text
 from gvl_jax.types import Sample
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "demo"
-TRAIN, HELDOUT = (1200, 2400, 1800), (200, 200, 200)  # records of text, image and text_image
+TRAIN, HELDOUT = (1600, 2800, 2800), (200, 200, 200)  # records of text, image and text_image
 MODELS = ("always_harmful", "sft", "r_sft", "r_sft_rl")
 COLUMNS = ("f1", "balanced_accuracy", "parse_failures", "reasoning_tokens")
 INK = " .:-=+*#%@"  # light to dark
@@ -70,12 +72,21 @@ def _one_seed(folder: Path, seed: int) -> list[dict[str, Any]]:
             values["seed"] = seed
         return replace(config, output=str(folder / name), **values)
 
-    models = {
-        "sft": sft.run(stage(Sft, "sft_no_reasoning", "sft", model=str(base), train=train)),
-        "r_sft": sft.run(stage(Sft, "sft", "r_sft", model=str(base), train=train)),
-    }
-    hard = mine.run(stage(Mine, "mine", "mine", model=str(models["r_sft"]), train=train))
-    models["r_sft_rl"] = rl.run(stage(Rl, "rl", "rl", model=str(models["r_sft"]), train=(str(hard),)))
+    # The baseline shares nothing with the rest: it trains beside it, on a core that XLA leaves idle at this size.
+    flags = ["--model", str(base), "--train", *train, "--output", str(folder / "sft"), "--seed", str(seed)]
+    command = [sys.executable, "-m", "gvl_jax.cli", "sft", str(CONFIGS / "sft_no_reasoning.yaml"), *flags]
+    with open(folder / "sft.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as baseline:
+        print(f"\nsft without reasoning, the baseline (seed {seed}): in the background, see {folder / 'sft.log'}")
+        try:
+            r_sft = sft.run(stage(Sft, "sft", "r_sft", model=str(base), train=train))
+            hard = mine.run(stage(Mine, "mine", "mine", model=str(r_sft), train=train))
+            r_sft_rl = rl.run(stage(Rl, "rl", "rl", model=str(r_sft), train=(str(hard),)))
+        except BaseException:
+            baseline.terminate()
+            raise
+    if baseline.returncode:
+        raise RuntimeError(f"the baseline failed: {(folder / 'sft.log').read_text().splitlines()[-1]}")
+    models = {"sft": folder / "sft" / "model", "r_sft": r_sft, "r_sft_rl": r_sft_rl}
 
     rows = []
     for name, model in models.items():

@@ -18,7 +18,7 @@ from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.scores import Row, evaluate
 from gvl_jax.metrics import progress
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve
-from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row
+from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row, whole_chunks
 from gvl_jax.sampler import Sampler
 from gvl_jax.types import Example, Sample
 
@@ -35,6 +35,9 @@ def modality(sample: Sample) -> str:
 def run(config: Eval) -> list[dict]:
     """→ the table of scores, also in `output`/scores.json."""
     folder = open_run(config, "model", "data", "output")
+    result, judgements = folder / "scores.json", folder / "judgements.jsonl"
+    if result.exists():
+        return json.loads(result.read_text(encoding="utf-8"))
     source = resolve(config.model)
     tokenizer = load_tokenizer(source)
     model_config = replace(load_config(source), dtype=config.dtype)
@@ -42,12 +45,11 @@ def run(config: Eval) -> list[dict]:
     sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts)
     items = [(Path(path).stem, sample) for path in config.data for sample in load_records(path)[: config.limit]]
 
-    judgements = folder / "judgements.jsonl"
-    seen = {row["index"] for row in keep_rows(judgements, lambda row: True)}
-    left = [index for index in range(len(items)) if index not in seen]
-    with progress(len(items), "eval", initial=len(seen)) as advance:
-        for start in range(0, len(left), CHUNK * config.prompts):
-            part = left[start : start + CHUNK * config.prompts]
+    chunk = CHUNK * config.prompts
+    done = whole_chunks(judgements, chunk)
+    with progress(len(items), "eval", initial=done) as advance:
+        for start in range(done, len(items), chunk):
+            part = range(start, min(start + chunk, len(items)))
             examples: dict[int, Example] = {}
             rows = []
             for index in part:
@@ -75,7 +77,7 @@ def run(config: Eval) -> list[dict]:
         for row in judged
     ]  # fmt: skip
     table = evaluate(scored, "strict") + evaluate(scored, "reference")
-    replace_text(folder / "scores.json", json.dumps(table, indent=1))
+    replace_text(result, json.dumps(table, indent=1))
     return table
 
 

@@ -1,6 +1,6 @@
 """Hard-sample mining (PAPER §4): sample a few completions of every item and keep those the model gets wrong.
 
-attempts.jsonl has a line per item, in the order they were judged; a resumed run judges the rest. hard.jsonl is the
+attempts.jsonl has a line per item, also for a rejected one; a resumed run judges the rest. hard.jsonl is the
 result: `size` of the items that `keep` names, drawn at random.
 """
 
@@ -20,7 +20,7 @@ from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.verdict import parse
 from gvl_jax.metrics import MetricsWriter, progress
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve
-from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row
+from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row, whole_chunks
 from gvl_jax.sampler import Sampler
 from gvl_jax.types import Example, Sample
 
@@ -44,6 +44,9 @@ def is_hard(right: int, samples: int, keep: str) -> bool:
 def run(config: Mine) -> Path:
     """→ hard.jsonl in the run folder."""
     folder = open_run(config, "model", "train", "output")
+    result, attempts = folder / "hard.jsonl", folder / "attempts.jsonl"
+    if result.exists():
+        return result
     source = resolve(config.model)
     tokenizer = load_tokenizer(source)
     model_config = replace(load_config(source), dtype=config.dtype)
@@ -51,39 +54,35 @@ def run(config: Mine) -> Path:
     sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts)
     samples = [sample for path in config.train for sample in load_records(path)][: config.limit]
 
-    attempts = folder / "attempts.jsonl"
-    seen = {row["index"] for row in keep_rows(attempts, lambda row: True)}
-    left = [index for index in range(len(samples)) if index not in seen]
-    rejected: Counter[str] = Counter()
-    with progress(len(samples), "mine", initial=len(seen)) as advance:
-        for start in range(0, len(left), CHUNK * config.prompts):
-            part = left[start : start + CHUNK * config.prompts]
+    chunk = CHUNK * config.prompts
+    done = whole_chunks(attempts, chunk)
+    with progress(len(samples), "mine", initial=done) as advance:
+        for start in range(done, len(samples), chunk):
+            part = range(start, min(start + chunk, len(samples)))
             examples: dict[int, Example] = {}
+            rows: list[dict] = []
             for index in part:
                 try:
                     examples[index] = to_example(samples[index], tokenizer, config.images, max(config.buckets.prompt))
                 except SampleRejected as rejection:
-                    rejected[rejection.reason] += 1
+                    rows.append({"index": index, "rejected": rejection.reason})
             # an item's index names its random key, so a resumed run draws what an uninterrupted one draws
             completions = sampler.complete(
                 params, list(examples.values()), group_size=config.samples, seed=config.seed, names=list(examples)
             )
-            rows = []
             for index, group in zip(examples, completions, strict=True):
                 right = sum(is_right(one.text, one.finished, samples[index]) for one in group)
                 shown = sample_row(samples[index], group[0].text, group[0].finished, folder)
                 rows.append({"index": index, "right": right, "of": config.samples} | shown)
             append_rows(attempts, rows)
-            advance(len(part), note=f"all wrong: {sum(row['right'] == 0 for row in rows)} of {len(rows)}")
+            advance(len(part), note=f"all wrong: {sum(row.get('right') == 0 for row in rows)} of {len(rows)}")
 
-    judged = sorted(keep_rows(attempts, lambda row: True), key=lambda row: row["index"])
+    attempted = sorted(keep_rows(attempts, lambda row: True), key=lambda row: row["index"])
+    judged = [row for row in attempted if "rejected" not in row]
+    rejected = Counter(row["rejected"] for row in attempted if "rejected" in row)
     hard = [samples[row["index"]] for row in judged if is_hard(row["right"], row["of"], config.keep)]
     drawn = np.random.default_rng(config.seed).permutation(len(hard))[: config.size]
     kept = [hard[i] for i in sorted(drawn)]
-    replace_text(
-        folder / "hard.jsonl",
-        "".join(json.dumps(to_record(sample, folder), ensure_ascii=False) + "\n" for sample in kept),
-    )
     metrics = MetricsWriter(folder)
     share = [row["right"] / row["of"] for row in judged]
     metrics.write(0, {
@@ -92,4 +91,5 @@ def run(config: Mine) -> Path:
         **{f"data/rejected_{reason}": count for reason, count in rejected.items()},
     })  # fmt: skip
     metrics.close()
-    return folder / "hard.jsonl"
+    replace_text(result, "".join(json.dumps(to_record(sample, folder), ensure_ascii=False) + "\n" for sample in kept))
+    return result

@@ -23,11 +23,12 @@ from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.verdict import flagged, parse, with_label
 from gvl_jax.metrics import progress
 from gvl_jax.models.qwen_vl.hub import image_bounds, load_config, load_params, resolve
-from gvl_jax.run_folder import keep_rows
+from gvl_jax.run_folder import replace_text
 from gvl_jax.sampler import Completion, Sampler
 from gvl_jax.types import Example, Label, Sample
 
 CHUNK = 4  # micro-batches judged between two writes
+ROW_START = b'{"id": '  # of every row of an output
 
 
 class Judgement(NamedTuple):
@@ -85,7 +86,8 @@ class Guard:
                 if len(sample.images) > self.config.max_images:
                     message = f"got {len(sample.images)} images, at most {self.config.max_images} allowed"
                     raise SampleRejected("too_many_images", message)
-                if max(len(sample.request), len(sample.response or "")) > self.config.max_characters:
+                texts = (sample.request, sample.response or "", sample.user_turn or "")
+                if max(map(len, texts)) > self.config.max_characters:
                     raise SampleRejected("too_long", f"over {self.config.max_characters} characters of text")
                 longest = max(self.config.buckets.prompt)
                 examples[index] = to_example(sample, self.tokenizer, self.images, longest)
@@ -101,8 +103,7 @@ class Guard:
         ]
         scores = self._scores([examples[index] for index, _ in accepted], [text for _, text in accepted])
         for (index, _), (request, response) in zip(accepted, scores, strict=True):
-            has_response = samples[index].response is not None
-            known = {"request": request, "response": response if has_response else None}
+            known = {"request": request, "response": response if samples[index].response else None}
             judged[index] = judged[index]._replace(scores=known)
         return [judged[index] for index in range(len(samples))]
 
@@ -131,9 +132,9 @@ def _share(first: np.ndarray, second: np.ndarray) -> float:
 
 def _judgement(sample: Sample, said: Completion) -> Judgement:
     verdict = parse(said.text, said.finished)
-    if sample.response is None:  # a verdict on a response that was not given says nothing
+    if not sample.response and sample.user_turn is None:  # a verdict on a response that was not given says nothing
         verdict = verdict._replace(response=None)
-    blocks = flagged(verdict, has_response=sample.response is not None)
+    blocks = flagged(verdict, has_response=bool(sample.response))
     return Judgement(
         sample.id, verdict.request, verdict.response, blocks, verdict.status, None, verdict.reasoning, verdict.warnings,
         {"request": None, "response": None}, said.tokens,
@@ -157,19 +158,18 @@ def run(config: Moderate) -> int:
     else:
         raise ConfigError("nothing to judge; give --input FILE, or --request, --response and --image")
 
-    done = _done(config, lines)
+    chunk = CHUNK * config.prompts
+    done = _done(config, lines, chunk)
     guard = Guard(config)
     flags = sum(row["flagged"] for row in done)
-    step = CHUNK * config.prompts
     with ExitStack() as stack:
         out = stack.enter_context(open(config.output, "a", encoding="utf-8")) if config.output else sys.stdout
         advance = stack.enter_context(progress(len(lines), "moderate", initial=len(done))) if config.output else None
-        for start in range(len(done), len(lines), step):
-            part = lines[start : start + step]
+        for start in range(len(done), len(lines), chunk):
+            part = lines[start : start + chunk]
             judged = iter(guard.moderate_batch([line for line in part if isinstance(line, Sample)]))
             for line in part:
-                name = line.id if isinstance(line, Sample) else line.id or f"line {line.line}"
-                row = next(judged) if isinstance(line, Sample) else Judgement.rejected(name, line.reason)
+                row = next(judged) if isinstance(line, Sample) else Judgement.rejected(_name(line), line.reason)
                 flags += row.flagged
                 out.write(json.dumps(row._asdict(), ensure_ascii=False) + "\n")
             out.flush()
@@ -178,14 +178,29 @@ def run(config: Moderate) -> int:
     return flags
 
 
-def _done(config: Moderate, lines: list[Sample | BadRecord]) -> list[dict]:
-    """The rows an interrupted run has written: those of the input's first lines, or the output is something else."""
-    if not config.output or not Path(config.output).exists():
+def _done(config: Moderate, lines: list[Sample | BadRecord], chunk: int) -> list[dict]:
+    """The rows an interrupted run has written, in whole chunks; the rest of the output is dropped.
+
+    Raises ConfigError, and changes nothing, if the output is not the beginning of this job."""
+    path = Path(config.output)
+    if not config.output or not path.exists():
         return []
-    if Path(config.output).resolve() == Path(config.input).resolve():
+    if path.resolve() == Path(config.input).resolve():
         raise ConfigError(f"output is the input, {config.input}; give another file")
-    rows = keep_rows(Path(config.output), lambda row: True)
-    names = [line.id if isinstance(line, Sample) else line.id or f"line {line.line}" for line in lines]
-    if [row.get("id") for row in rows] != names[: len(rows)]:
-        raise ConfigError(f"{config.output} exists and is not the beginning of this job; give another file")
+    *whole, cut = path.read_bytes().split(b"\n")
+    try:
+        rows = [json.loads(line) for line in whole]
+        ours = all(tuple(row) == Judgement._fields for row in rows)
+        ours = ours and [row["id"] for row in rows] == [_name(line) for line in lines[: len(rows)]]
+    except (ValueError, TypeError):  # not JSON, or not an object
+        ours = False
+    if not ours or not (cut.startswith(ROW_START) or ROW_START.startswith(cut)):
+        raise ConfigError(f"{path} exists and is not the beginning of this job; give another file")
+    if len(rows) < len(lines):
+        rows = rows[: len(rows) // chunk * chunk]  # with the same micro-batches as without a stop
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
+
+
+def _name(line: Sample | BadRecord) -> str:
+    return line.id if isinstance(line, Sample) else line.id or f"line {line.line}"

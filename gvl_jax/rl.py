@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from sklearn.metrics import f1_score
 
 from gvl_jax.checkpoint import Checkpoints
 from gvl_jax.config import ConfigError, Rl
@@ -145,6 +146,8 @@ def run(config: Rl) -> Path:
             began = time.monotonic()
             rejected.update(one.reason for one in built if isinstance(one, SampleRejected))
             pairs = [one for one in built if not isinstance(one, SampleRejected)]
+            if not pairs:
+                raise ValueError(f"step {step}: all {len(built)} prompts were rejected, the first one: {built[0]}")
             groups = _roll_out(config, sampler, state["trained"] | frozen, pairs, step)
             rolled = time.monotonic()
 
@@ -256,6 +259,11 @@ def _summary(groups: list[Group], scored: list, sums: list[dict], clip) -> dict[
         "rollout/useful_groups": float(np.mean([np.any(group.advantages != 0) for group in groups])),
         "train/clip": float(np.asarray(clip)),
     }
+    for task in ("request", "response"):
+        gold = [getattr(group.sample, f"{task}_label") == "harmful" for group in groups for _ in group.rewards]
+        right = [getattr(reward, task) == 1 for reward in rewards]  # a completion without a verdict is wrong
+        said = [label == is_right for label, is_right in zip(gold, right, strict=True)]
+        summary[f"rollout/f1_{task}"] = float(f1_score(gold, said, zero_division=0.0))
     if sums:
         tokens = sum(float(s["tokens"]) for s in sums)
         summary |= {

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gvl_jax.config import ConfigError, dump
 from gvl_jax.guard.verdict import parse
 from gvl_jax.types import Sample
@@ -15,21 +17,20 @@ from gvl_jax.types import Sample
 def open_run(config: Any, *required: str) -> Path:
     """Check that the `required` fields are set, make the folder of `config.output`, and write the resolved config.
 
-    A folder that holds a run is gone on with if all settings are the same; `resume: never` refuses any run.
-    Raises ConfigError.
+    A folder that holds a run (more than its config.yaml) is gone on with if all settings are the same; `resume: never`
+    refuses any run. Raises ConfigError.
     """
     for name in required:
         if not getattr(config, name):
             raise ConfigError(f"{name} is not set; give it in the YAML file or as --{name.replace('_', '-')}")
     folder = Path(config.output)
     file, settings = folder / "config.yaml", dump(replace(config, resume="auto"))
-    if file.exists():
+    if file.exists() and any(path != file for path in folder.iterdir()):
         if config.resume == "never":
             raise ConfigError(f"{folder} holds a run and resume is 'never'; use another output, or --resume auto")
         if (before := file.read_text(encoding="utf-8")) != settings:
-            changed = sorted(
-                {line.split(":")[0].strip() for line in set(settings.splitlines()) ^ set(before.splitlines())}
-            )
+            old, new = yaml.safe_load(before), yaml.safe_load(settings)
+            changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             raise ConfigError(
                 f"{folder} holds a run with other settings ({', '.join(changed)}); "
                 f"use another output, or those of {file}"
@@ -54,10 +55,17 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Drop a cut last line and the rows that are not `wanted` (a resumed run writes them again). → the rest."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a cut line may end inside a character
     rows = [row for row in map(json.loads, lines) if wanted(row)]
     replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
+
+
+def whole_chunks(path: Path, chunk: int) -> int:
+    """Drop what a kill has left of a chunk of rows, so that it is made again whole, with the same micro-batches: with
+    others the last bits of the numbers may differ. → how many rows are left. Rows have the indices 0, 1, …"""
+    left = len(keep_rows(path, lambda row: True)) // chunk * chunk
+    return len(keep_rows(path, lambda row: row["index"] < left))
 
 
 def sample_row(sample: Sample, completion: str, finished: bool, folder: Path) -> dict[str, Any]:

@@ -63,15 +63,27 @@ def vocabulary(tokenizer, vocab_size: int) -> Vocabulary:
 
 
 def truncate(logits, top_p: float, top_k: int):
-    """Mask all but the top_k ids, then all but the fewest ids whose probabilities reach top_p. logits f32[..., V]."""
+    """Mask all but the top_k ids, then all but the fewest ids whose probabilities reach top_p. logits f32[..., V].
+
+    Ids as likely as the last one kept stay too. No sort: the least probability kept is found by bisection over the
+    bits of a float, whose order is that of the numbers, so 31 sums over the vocabulary give it exactly.
+    """
     if top_k:
         kth = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if top_p < 1:
-        ordered = -jnp.sort(-logits, axis=-1)
-        before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) - jax.nn.softmax(ordered, -1)
-        least = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        probs = jax.nn.softmax(logits, -1)
+        bits = lax.bitcast_convert_type(probs, jnp.int32)
+
+        def halve(_, bounds):
+            low, high = bounds  # the ids at `low` and above reach top_p, those at `high` and above do not
+            middle = low + (high - low) // 2
+            enough = jnp.where(bits >= middle, probs, 0.0).sum(-1, keepdims=True) >= top_p
+            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+        low = jnp.zeros((*logits.shape[:-1], 1), jnp.int32)
+        low, _ = lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, np.float32(1.01).view(np.int32))))
+        logits = jnp.where(bits >= low, logits, -jnp.inf)
     return logits
 
 

@@ -19,7 +19,7 @@ from gvl_jax.config import Sft
 from gvl_jax.data.loader import SampleRejected, step_count, steps, to_example
 from gvl_jax.data.packing import Layout, pack
 from gvl_jax.data.records import load_records
-from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gvl_jax.guard.prompt import answer_text, instruction_ids
 from gvl_jax.losses import next_token_logprobs, sft_loss
 from gvl_jax.metrics import CompileCounter, MetricsWriter, progress, throughput
@@ -45,6 +45,23 @@ def accumulate(trained, frozen, grads, batch: Batch, total, *, model_config: Qwe
     return jax.tree.map(jnp.add, grads, new), loss
 
 
+def build(config: Sft, tokenizer: Tokenizer, sample: Sample) -> Example | SampleRejected:
+    """What is learned of a sample: its prompt and the answer, or why there is nothing to learn."""
+    try:
+        if sample.request_label is None:
+            raise SampleRejected("no_label", "no request_label: nothing to learn")
+        if config.reasoning and not sample.reasoning:
+            raise SampleRejected("no_reasoning", "no reasoning: train with reasoning false, or synthesise it")
+        reasoning = sample.reasoning if config.reasoning else None
+        try:
+            answer = answer_text(reasoning, sample.request_label, sample.response_label)
+        except ValueError as error:
+            raise SampleRejected("bad_reasoning", str(error)) from error
+        return to_example(sample, tokenizer, config.images, config.max_length, answer)
+    except SampleRejected as rejection:
+        return rejection
+
+
 def run(config: Sft) -> Path:
     """Train, checkpoint, export. → the exported model's directory, `output`/model.
 
@@ -60,18 +77,6 @@ def run(config: Sft) -> Path:
     source = resolve(config.model)
     tokenizer = load_tokenizer(source)
     samples = [sample for path in config.train for sample in load_records(path)][: config.limit]
-
-    def build(sample: Sample) -> Example | SampleRejected:
-        try:
-            if sample.request_label is None:
-                raise SampleRejected("no_label", "no request_label: nothing to learn")
-            if config.reasoning and not sample.reasoning:
-                raise SampleRejected("no_reasoning", "no reasoning: train with reasoning false, or synthesise it")
-            reasoning = sample.reasoning if config.reasoning else None
-            answer = answer_text(reasoning, sample.request_label, sample.response_label)
-            return to_example(sample, tokenizer, config.images, config.max_length, answer)
-        except SampleRejected as rejection:
-            return rejection
 
     # ---------------------------------------------------------------- model and optimizer
     model_config = replace(load_config(source), dtype=config.dtype)
@@ -97,12 +102,15 @@ def run(config: Sft) -> Path:
 
     # ---------------------------------------------------------------- loop
     rejected: Counter[str] = Counter()
-    todo = steps(samples, build, per_step=config.global_batch, epochs=config.epochs, seed=config.seed, start=start)
+    learned = functools.partial(build, config, tokenizer)
+    todo = steps(samples, learned, per_step=config.global_batch, epochs=config.epochs, seed=config.seed, start=start)
     with progress(total_steps, "sft", initial=start) as advance:
         for step, built in enumerate(todo, start):
             began = time.monotonic()
             rejected.update(one.reason for one in built if isinstance(one, SampleRejected))
             examples = [one for one in built if isinstance(one, Example)]
+            if not examples and not step:
+                raise ValueError(f"all {len(built)} samples of the first step were rejected, the first one: {built[0]}")
             batches = pack(examples, rows=config.rows, length=length, layout=layout)
             total = sum(int(batch.loss_mask.sum()) for batch in batches)
             grads, loss = zeros(state["trained"]), jnp.zeros(())

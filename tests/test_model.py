@@ -63,12 +63,10 @@ def test_a_text_only_batch_does_not_run_the_vision_tower():
 def test_bfloat16_computes_in_bfloat16_and_near_float32():
     config, narrow = tiny_config(), tiny_config(dtype="bfloat16")
     params, batch = tiny_params(config), batch_of(config, 1, 0)
-    (wide_loss, wide), _ = loss_and_gradient(params, batch, config)
-    (loss, hidden), grads = loss_and_gradient(params, batch, narrow)
+    wide, hidden = (jax.jit(lambda p, b, c=c: bind(c, p)(b))(params, batch) for c in (config, narrow))
     assert wide.dtype == jnp.float32 and hidden.dtype == jnp.bfloat16
-    assert loss.dtype == jnp.float32 and {g.dtype for g in jax.tree.leaves(grads)} == {np.dtype(np.float32)}
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, hidden, grads)))
-    assert 0 < abs(loss - wide_loss) < 0.05 * wide_loss
+    difference = np.abs(np.asarray(hidden, np.float32) - wide)
+    assert np.isfinite(difference).all() and 1e-4 < difference.mean() < 0.02 * np.abs(wide).mean()
 
     model = bind(narrow, params)
     last, prompt = jax.eval_shape(model.prefill, batch)

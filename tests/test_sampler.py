@@ -16,15 +16,15 @@ from gvl_jax.data import tiny
 from gvl_jax.data.packing import pack_prompts
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.models.qwen_vl.config import TextConfig
-from gvl_jax.models.qwen_vl.model import abstract_params, bind
+from gvl_jax.models.qwen_vl.model import abstract_params
 from gvl_jax.sampler import (
     BUDGET,
     END_TOKEN,
     VERDICT,
     VERDICT_END,
     Vocabulary,
-    completion_logprobs,
     generate,
+    score,
     truncate,
     vocabulary,
 )
@@ -175,9 +175,7 @@ def test_banned_ids_are_never_drawn():
 
 
 def no_stop(banned=()):
-    return Vocabulary(
-        np.isin(np.arange(V), banned), np.zeros(V, bool), np.zeros((len(VERDICT_END) + 1, V), np.uint8)
-    )
+    return Vocabulary(np.isin(np.arange(V), banned), np.zeros(V, bool), np.zeros((len(VERDICT_END) + 1, V), np.uint8))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
@@ -297,7 +295,6 @@ def test_the_sampler_s_log_probs_are_those_of_the_training_forward():
     batch = tiny_batch(tiny_prompts(), 3)
     rollout = sample(batch, jax.random.split(jax.random.key(3), (3, R)))
 
-    score = jax.jit(lambda params, *args: completion_logprobs(bind(TINY, params), *args, TEMPERATURE, BANNED))
     used = np.arange(J) < rollout.lengths[..., None]
-    scored = np.asarray(score(PARAMS, batch, rollout.tokens))
+    scored = np.asarray(score(PARAMS, batch, rollout.tokens, TEMPERATURE, BANNED, config=TINY))
     np.testing.assert_allclose(scored[used], rollout.logprobs[used], atol=1e-5, rtol=0)

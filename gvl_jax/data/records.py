@@ -54,7 +54,8 @@ def read_records(path: str | Path) -> Iterator[Sample | BadRecord]:
                 yield _sample(row, f"{path.stem}:{number}", path.parent)
             except (ValueError, RecursionError) as error:
                 known = row.get("id") if isinstance(row, dict) else None
-                yield BadRecord(number, known if isinstance(known, str) else None, f"{path}, line {number}: {error}")
+                readable = isinstance(known, str) and not _UNREADABLE.search(known)
+                yield BadRecord(number, known if readable else None, f"{path}, line {number}: {error}")
 
 
 def to_record(sample: Sample, folder: Path) -> dict[str, Any]:

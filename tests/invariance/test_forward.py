@@ -9,12 +9,15 @@ from tiny_models import IMAGE, VOCAB, continued, example, layout, tiny_config, t
 
 from gvl_jax.data.packing import pack, pack_prompts
 from gvl_jax.losses import next_token_logprobs, sft_loss, token_logprobs
+from gvl_jax.models.qwen_vl import attention
 from gvl_jax.models.qwen_vl.model import bind
 
 CONFIG = tiny_config()
 PARAMS = tiny_params(CONFIG)
 SIDES = [(56, 112), (84, 140), (140, 84), (112, 56)]  # pixels; windows of 56, so some are cut at the edge
 R, J = 2, 5
+INSTRUCTION = tuple(range(3, 13))
+SHARING = layout(CONFIG, 512)._replace(shared=INSTRUCTION)
 
 
 def close(a, b):
@@ -30,6 +33,10 @@ def trees_close(a, b):
 def examples_of(*images: int, seed: int = 0):
     rng = np.random.default_rng(seed)
     return [example(rng, n, SIDES) for n in images]
+
+
+def after_instruction(e):
+    return continued(e._replace(tokens=np.append(INSTRUCTION, e.tokens)), [])
 
 
 forward = jax.jit(lambda params, batch: bind(CONFIG, params)(batch))
@@ -90,16 +97,12 @@ def test_padding_is_finite_and_its_content_is_never_read():
     assert np.isfinite(tower(PARAMS, other.vision)).all()
 
 
-def test_remat_and_micro_batches_leave_loss_and_gradient_as_they_are():
+def test_micro_batches_add_up_to_the_whole_batch():
     examples = examples_of(1, 0, 2, 1, 0, 0)
     whole = pack(examples, rows=4, length=64, layout=layout(CONFIG, 512))
     assert len(whole) == 1
     total = np.float32(whole[0].loss_mask.sum())
     loss, grads = sft(PARAMS, whole[0], total)
-    again, remat_grads = sft(PARAMS, whole[0], total, remat=True)
-    close(again, loss)
-    trees_close(remat_grads, grads)
-
     parts = [pack([e], rows=4, length=64, layout=layout(CONFIG, 512))[0] for e in examples]
     assert {part.vision is None for part in parts} == {True, False}
     losses, all_grads = zip(*[sft(PARAMS, part, total) for part in parts], strict=True)
@@ -107,24 +110,39 @@ def test_remat_and_micro_batches_leave_loss_and_gradient_as_they_are():
     trees_close(jax.tree.map(lambda *g: sum(g), *all_grads), grads)
 
 
+def test_remat_and_an_instruction_computed_once_change_nothing():
+    examples = [continued(after_instruction(e), [5, 6, 7]) for e in examples_of(1, 0, 2)]
+    once = pack(examples, rows=4, length=64, layout=SHARING)[0]
+    each = pack(examples, rows=4, length=64, layout=layout(CONFIG, 512))[0]
+    saved = len(INSTRUCTION) * len(examples)
+    assert (once.segments > 0).sum() == (each.segments > 0).sum() - saved
+    shortened, whole = by_text([once], [forward(PARAMS, once)]), by_text([each], [forward(PARAMS, each)])
+    for e in examples:
+        own = e.tokens[len(INSTRUCTION) :]
+        close(shortened[own.tobytes()], whole[e.tokens.tobytes()][len(INSTRUCTION) :])
+    loss, grads = sft(PARAMS, once, np.float32(9), remat=True)
+    plain, plain_grads = sft(PARAMS, each, np.float32(9))
+    close(loss, plain)
+    trees_close(grads, plain_grads)
+
+
 def groups():
     """Prompts with 0, 1 and 2 images, R completions of each, the prompts' batch and the same as packed rows."""
-    prompts = examples_of(0, 1, 2, seed=1)
+    prompts = [after_instruction(e) for e in examples_of(0, 1, 2, seed=1)]
     tokens = np.random.default_rng(1).integers(0, 80, (3, R, J)).astype(np.int32)
-    shared = pack_prompts(prompts, rows=3, length=44, layout=layout(CONFIG, 512))
+    shared = pack_prompts(prompts, rows=3, length=44, layout=SHARING)
     plain = [continued(p, t) for p, ts in zip(prompts, tokens, strict=True) for t in ts]
-    rows = pack_prompts(plain, rows=3 * R, length=48, layout=layout(CONFIG, 1024))
+    rows = pack_prompts(plain, rows=3 * R, length=60, layout=layout(CONFIG, 1024))
     starts = np.repeat([len(p.tokens) for p in prompts], R)
     return shared, tokens, rows, starts[:, None] + np.arange(J)
 
 
 def test_prefill_and_decode_with_a_cache_equal_the_forward_pass():
     shared, tokens, rows, at = groups()
-    expected = np.take_along_axis(np.asarray(forward(PARAMS, rows)), at[..., None], 1).reshape(3, R, J, -1)
+    hidden = np.asarray(forward(PARAMS, rows))
+    expected = np.take_along_axis(hidden, at[..., None], 1).reshape(3, R, J, -1)
     last, prompt = jax.jit(lambda params, batch: bind(CONFIG, params).prefill(batch))(PARAMS, shared)
-    whole = np.asarray(forward(PARAMS, shared))
-    for row in range(3):
-        close(last[row], whole[row, (shared.segments[row] > 0).sum() - 1])
+    close(last, [hidden[R * row, at[R * row, 0] - 1] for row in range(3)])
 
     decode = jax.jit(lambda params, *args: bind(CONFIG, params).decode(*args))
     cache = bind(CONFIG, PARAMS).empty_cache(3, R, J)
@@ -161,29 +179,18 @@ def test_completions_on_a_shared_prompt_equal_prompt_and_completion_rows():
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(plain_grads)), "too small to compare"
 
 
-def test_an_instruction_computed_once_equals_one_in_every_row():
-    instruction = np.arange(3, 13, dtype=np.int32)
-    examples = [continued(e._replace(tokens=np.append(instruction, e.tokens)), [5, 6, 7]) for e in examples_of(1, 0, 2)]
-    once = pack(examples, rows=4, length=64, layout=layout(CONFIG, 512)._replace(shared=tuple(instruction)))[0]
-    each = pack(examples, rows=4, length=64, layout=layout(CONFIG, 512))[0]
-    assert once.tokens.shape == each.tokens.shape and (once.segments > 0).sum() == (each.segments > 0).sum() - 30
-    shortened, whole = by_text([once], [forward(PARAMS, once)]), by_text([each], [forward(PARAMS, each)])
-    for e in examples:
-        close(shortened[e.tokens[10:].tobytes()], whole[e.tokens.tobytes()][10:])
-    (loss, grads), (plain, plain_grads) = sft(PARAMS, once, np.float32(9)), sft(PARAMS, each, np.float32(9))
-    close(loss, plain)
-    trees_close(grads, plain_grads)
-
-    prefill = jax.jit(lambda params, batch: bind(CONFIG, params).prefill(batch))
-    tight = pack_prompts(examples, rows=4, length=54, layout=layout(CONFIG, 512)._replace(shared=tuple(instruction)))
-    wide = pack_prompts(examples, rows=4, length=64, layout=layout(CONFIG, 512))
-    (last, ours), (plain_last, theirs) = prefill(PARAMS, tight), prefill(PARAMS, wide)
-    np.testing.assert_array_equal(ours.mask, theirs.mask)
-    np.testing.assert_array_equal(ours.length[:3], theirs.length[:3])
-    close(last[:3], plain_last[:3])
-    real = np.asarray(theirs.mask)
-    for k_or_v in ("k", "v"):
-        close(np.asarray(getattr(ours, k_or_v))[:, real], np.asarray(getattr(theirs, k_or_v))[:, real])
+def test_full_attention_in_blocks_of_queries_equals_one_block(monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v, weights = rng.standard_normal((4, 13, 2, 8)).astype(np.float32)
+    segments = np.array([1] * 6 + [2] * 5 + [0] * 2, np.int32)
+    run = lambda: jax.value_and_grad(  # noqa: E731
+        lambda qkv: (attention.attend_in_segments(*qkv, segments) * weights).sum()
+    )((q, k, v))
+    loss, grads = run()
+    monkeypatch.setattr(attention, "QUERIES", 5)
+    blocked, blocked_grads = run()
+    close(blocked, loss)
+    trees_close(blocked_grads, grads)
 
 
 def test_an_image_placeholder_needs_its_picture():

@@ -1,0 +1,302 @@
+"""Every stage by its command, on 64 records and a model of one layer: what a run leaves, and resuming it."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from gvl_jax import evaluate, mine, rl
+from gvl_jax.cli import main
+from gvl_jax.data import embedded, tiny
+from gvl_jax.data.records import load_records
+from gvl_jax.guard.prompt import answer_text
+from gvl_jax.losses import clip_schedule
+from gvl_jax.models.qwen_vl.hub import load_config, save_params
+from gvl_jax.models.qwen_vl.model import init_params
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = {
+    "dtype": "float32",
+    "images": {"min_pixels": 784, "max_pixels": 7056},
+    "buckets": {"prompt": [192], "completion": [16], "patches": [1024]},
+}
+SFT = COMMON | {"epochs": 1, "global_batch": 16, "rows": 4, "max_length": 384, "save_every": 2}
+SFT |= {"optim": {"peak_lr": 1e-3, "warmup_steps": 2}}
+MINE = COMMON | {"samples": 4, "size": 26, "prompts": 4}
+MINE |= {"sampling": {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0}}  # the shapes of RL: compiled once
+RL = COMMON | {"group_size": 4, "prompts_per_step": 8, "prompts_per_update": 8, "prompts": 4, "max_length": 200}
+RL |= {"save_every": 1, "sampling": {"max_new_tokens": 16, "temperature": 1.2}, "optim": {"peak_lr": 1e-3}}
+EVAL = COMMON | {"prompts": 1, "sampling": {"temperature": 0, "max_new_tokens": 16}}
+
+
+def command(verb: str, output: Path, settings: dict) -> list[str]:
+    """The arguments of `gvl`, with a config file written for them."""
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings | {"output": str(output)}))
+    return [verb, str(file)]
+
+
+def log(run: Path) -> list[dict]:
+    """The metrics of a run but for what a clock says."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")} for row in rows]
+
+
+def rows(file: Path) -> list[dict]:
+    """Judgements but for the paths of the pictures, which count from the run folder."""
+    return [json.loads(line) | {"images": None} for line in file.read_text().splitlines()]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The corpus, with one record whose picture is lost, and a checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp("stages")
+    embedded.write(folder / "data", train=(24, 16, 24), heldout=(8, 6, 8))
+    with (folder / "data" / "train.jsonl").open("r+") as file:
+        lines = file.readlines()
+        lost = json.loads(lines[20]) | {"id": "lost", "images": ["images/lost.png"]}
+        file.seek(0)
+        file.writelines([*lines[:20], json.dumps(lost) + "\n", *lines[20:]])
+    files = folder / "files"
+    tiny.write_tiny(files, tiny.training_texts(load_records(folder / "data" / "train.jsonl")))
+    raw = json.loads((files / "config.json").read_text())
+    raw["text_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    raw["text_config"]["layer_types"] = ["full_attention"]
+    raw["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
+    raw["vision_config"] |= {"depth": 2, "fullatt_block_indexes": [1], "hidden_size": 16, "intermediate_size": 24}
+    raw["vision_config"] |= {"num_heads": 2, "out_hidden_size": 32}
+    (files / "config.json").write_text(json.dumps(raw))
+    config = load_config(files)
+    save_params(folder / "base", init_params(config, 0), config, dtype="float32", source=files)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(folder):
+    """What each stage is given: the pipeline as a user would chain it."""
+    train, heldout = [str(folder / "data" / "train.jsonl")], [str(folder / "data" / "heldout.jsonl")]
+    return {
+        "sft": SFT | {"model": str(folder / "base"), "train": train},
+        "mine": MINE | {"model": str(folder / "sft" / "model"), "train": train},
+        "rl": RL | {"model": str(folder / "sft" / "model"), "train": [str(folder / "mine" / "hard.jsonl")]},
+        "eval": EVAL | {"model": str(folder / "rl" / "model"), "data": heldout},
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(folder, settings):
+    """All stages, one after the other, none stopped."""
+    for verb, given in settings.items():
+        assert main(command(verb, folder / verb, given)) == 0, verb
+    assert main(["report", str(folder)]) == 0
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_run_folders_hold_what_the_documents_say(runs):
+    files = {
+        "sft": ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model/model.safetensors"),
+        "mine": ("config.yaml", "metrics.jsonl", "tensorboard", "attempts.jsonl", "hard.jsonl"),
+        "rl": ("config.yaml", "metrics.jsonl", "checkpoints", "samples.jsonl", "model/tokenizer.json"),
+        "eval": ("config.yaml", "judgements.jsonl", "samples.jsonl", "scores.json"),
+    }
+    missing = [
+        f"{stage}/{name}" for stage, names in files.items() for name in names if not (runs / stage / name).exists()
+    ]
+    assert not missing
+    page = (runs / "report.html").read_text()
+    assert all(f">{stage}</h2>" in page for stage in files)
+
+
+def test_the_logged_numbers_have_their_names_and_are_finite(runs):
+    sft, (mined,), rl_steps = (log(runs / stage) for stage in ("sft", "mine", "rl"))
+    assert [row["step"] for row in sft] == [0, 1, 2, 3, 4]
+    assert set(sft[-1]) == {"step", "train/loss", "train/learning_rate", "train/grad_norm", "data/rejected_missing"}
+    assert sft[-1]["train/loss"] < sft[0]["train/loss"]
+    assert mined == {
+        "step": 0, "mine/items": 64, "mine/hard": 64, "mine/kept": 26, "mine/right": 0.0, "data/rejected_missing": 1,
+    }  # fmt: skip
+    assert [row["step"] for row in rl_steps] == [0, 1, 2, 3]
+    assert set(rl_steps[0]) == {
+        "step", "reward/total", "reward/safety", "reward/format", "reward/request", "reward/response", "reward/length",
+        "rollout/tokens", "rollout/tokens_p95", "rollout/truncated", "rollout/useful_groups", "train/clip",
+        "train/sampler_gap", "train/loss", "train/grad_norm", "train/ratio", "train/ratio_max", "train/clipped",
+        "train/approx_kl", "train/learning_rate",
+    }  # fmt: skip
+    assert all(np.isfinite(value) for row in [*sft, *rl_steps] for value in row.values())
+
+
+def test_rl_sees_the_papers_clip_a_first_ratio_of_one_and_no_gap_to_the_sampler(runs):
+    steps = log(runs / "rl")
+    for row in steps:
+        assert row["train/clip"] == pytest.approx(float(clip_schedule(row["step"] + 1, len(steps), 0.2)), abs=1e-9)
+        assert row["train/sampler_gap"] <= 1e-4
+        assert row["rollout/useful_groups"] > 0
+    assert [steps[0][name] for name in ("train/ratio", "train/ratio_max")] == pytest.approx([1, 1], abs=1e-5)
+    assert steps[-1]["train/clip"] == 0
+
+
+def test_the_exported_model_loads_in_transformers_whole(runs):
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(runs / "rl" / "model", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    trained = model.model.language_model.layers[0].mlp.up_proj.weight.detach().numpy()
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(runs / "base")
+    assert not np.array_equal(trained, base.model.language_model.layers[0].mlp.up_proj.weight.detach().numpy())
+    assert AutoTokenizer.from_pretrained(runs / "rl" / "model").encode("harmful")
+
+
+def test_the_exported_model_moderates(runs, tmp_path):
+    rows = tmp_path / "out.jsonl"
+    given = ["--input", str(runs / "data" / "heldout.jsonl"), "--output", str(rows), "--dtype", "float32"]
+    given += ["--max-new-tokens", "8", "--buckets.prompt", "192", "--buckets.patches", "1024", "--max-pixels", "7056"]
+    assert main(["moderate", str(runs / "rl" / "model"), *given]) == 0
+    judged = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["id"] for row in judged] == [sample.id for sample in load_records(runs / "data" / "heldout.jsonl")]
+    assert all(row["flagged"] for row in judged)  # too little training for a verdict
+
+
+def test_a_finished_stage_is_not_run_again(runs, settings):
+    before = {
+        path: path.stat().st_mtime_ns for stage in settings for path in (runs / stage).rglob("*") if path.is_file()
+    }
+    for verb, given in settings.items():
+        assert main(command(verb, runs / verb, given)) == 0
+    settled = {path: time for path, time in before.items() if path.name != "config.yaml"}
+    assert {path: path.stat().st_mtime_ns for path in settled} == settled
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+KILL = """
+import os, sys
+import jax
+from gvl_jax import sft
+from gvl_jax.cli import main
+
+jax.config.update("jax_num_cpu_devices", 8)  # as in this process: the last bits depend on how work is split
+
+class Killed(sft.MetricsWriter):
+    def write(self, step, metrics):
+        if step == 3:
+            os._exit(9)
+        super().write(step, metrics)
+
+class Saved(sft.Checkpoints):
+    def save(self, *args):
+        super().save(*args)
+        self._manager.wait_until_finished()
+
+sft.Checkpoints = Saved
+sft.MetricsWriter = Killed
+main(sys.argv[1:])
+"""
+
+
+def test_sft_that_was_killed_goes_on_to_the_same_bits(runs, settings, tmp_path):
+    args = command("sft", tmp_path / "sft", settings["sft"])
+    killed = subprocess.run([sys.executable, "-c", KILL, *args], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert [row["step"] for row in log(tmp_path / "sft")] == [0, 1, 2]
+    assert sorted(path.name for path in (tmp_path / "sft").iterdir() if path.is_dir()) == ["checkpoints", "tensorboard"]
+    assert [path.name for path in (tmp_path / "sft" / "checkpoints").iterdir()] == ["2"]
+    assert main(args) == 0
+    assert weights(tmp_path / "sft") == weights(runs / "sft")
+    assert [row["train/loss"] for row in log(tmp_path / "sft")] == [row["train/loss"] for row in log(runs / "sft")]
+
+
+def test_rl_that_was_interrupted_goes_on_to_the_same_bits(runs, settings, tmp_path, monkeypatch, capsys):
+    class Saved(rl.Checkpoints):
+        def save(self, *args):
+            super().save(*args)
+            self._manager.wait_until_finished()
+
+    class Interrupted(rl.MetricsWriter):
+        def write(self, step, metrics):
+            super().write(step, metrics)
+            if step == 2:
+                raise KeyboardInterrupt
+
+    args = command("rl", tmp_path / "rl", settings["rl"])
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "Checkpoints", Saved)
+        patch.setattr(rl, "MetricsWriter", Interrupted)
+        assert main(args) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "rl" / "checkpoints").iterdir()) == ["1", "2"]
+    assert main(args) == 0
+    assert weights(tmp_path / "rl") == weights(runs / "rl")
+    assert log(tmp_path / "rl") == log(runs / "rl")
+    assert rows(tmp_path / "rl" / "samples.jsonl") == rows(runs / "rl" / "samples.jsonl")
+
+
+@pytest.mark.parametrize("stage, module, log_name, result", [
+    ("mine", mine, "attempts.jsonl", "hard.jsonl"), ("eval", evaluate, "judgements.jsonl", "scores.json"),
+])  # fmt: skip
+def test_judging_that_was_interrupted_goes_on_to_the_same_bytes(
+    stage, module, log_name, result, runs, settings, tmp_path, monkeypatch
+):
+    calls = []
+
+    def append_rows(path, judged):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(path)
+        write(path, judged)
+
+    write = module.append_rows
+    args = command(stage, runs / f"{stage}_again", settings[stage])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "append_rows", append_rows)
+        assert main(args) == 130
+    log_file, whole = runs / f"{stage}_again" / log_name, (runs / stage / log_name).read_bytes()
+    written = log_file.read_bytes()
+    assert whole.startswith(written) and 0 < len(written) < len(whole)
+    log_file.write_bytes(written[: -len(written) // 4])  # as a kill leaves it: a chunk and a half, cut inside a line
+    assert main(args) == 0
+    assert log_file.read_bytes() == whole
+    assert (runs / f"{stage}_again" / result).read_bytes() == (runs / stage / result).read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------- invariance
+
+
+def test_other_rows_give_the_same_losses(runs, settings, tmp_path):
+    assert main(command("sft", tmp_path / "sft", settings["sft"] | {"rows": 2, "max_length": 320})) == 0
+    ours, theirs = ([row["train/loss"] for row in log(run / "sft")] for run in (tmp_path, runs))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- to look at
+
+
+def test_a_packed_row_can_be_read(folder, settings, capsys):
+    spec = importlib.util.spec_from_file_location("inspect_batch", ROOT / "scripts" / "inspect_batch.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    _, config = command("sft", folder / "looked_at", settings["sft"])
+    script.main([config])
+    shown = capsys.readouterr().out
+    samples = {sample.id: sample for sample in load_records(folder / "data" / "train.jsonl")}
+    learned = [f"⟦{answer_text(s.reasoning, s.request_label, s.response_label)}<|im_end|>⟧" for s in samples.values()]
+    assert shown.count("── segment") == sum(answer in shown for answer in set(learned)) > 0
+    for tokens, rows, columns in re.findall(r"<\|image_pad\|>×(\d+) \(grid 1×(\d+)×(\d+)\)", shown):
+        assert 4 * int(tokens) == int(rows) * int(columns)
+    assert "<|image_pad|>×" in shown and "<|image_pad|><|image_pad|>" not in shown
+    with pytest.raises(SystemExit, match="row 99: the first step has"):
+        script.main([config, "--row", "99"])
