@@ -26,7 +26,8 @@ gvl VERB …
   report RUN                         report.html of a run folder
 
 CFG is a YAML file of configs/; any of its fields is a flag: --optim.peak-lr 2e-5. `gvl VERB --help` lists them.
-A stage that was stopped goes on when the same command is given again. --dry-run shows what would be done."""
+A stage that was stopped goes on when the same command is given again. --dry-run shows what would be done, --json
+prints the result for machines."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _stage(kind: Any, module: str) -> Callable[[list[str]], int]:
     def call(args: list[str]) -> int:
-        dry, args = "--dry-run" in args, [arg for arg in args if arg not in ("--dry-run", "--json")]
+        dry, as_json = "--dry-run" in args, "--json" in args
+        args = [arg for arg in args if arg not in ("--dry-run", "--json")]
         path = args.pop(0) if args and not args[0].startswith("-") else None
         config = load(kind, path, args)
         if dry:
@@ -68,7 +70,10 @@ def _stage(kind: Any, module: str) -> Callable[[list[str]], int]:
             return 0
         _compile_cache()
         result = _entry(module)(config)
-        print(_scores(result) if kind is Eval else f"{module}: {result}")
+        if as_json:
+            print(json.dumps({"result": result if kind is Eval else str(result)}))
+        else:
+            print(_scores(result) if kind is Eval else f"{module}: {result}")
         return 0
 
     return call

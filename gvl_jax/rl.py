@@ -8,6 +8,7 @@ the scoring of the old log-probs, and in the update with its gradient.
 import functools
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,9 @@ class Completions(NamedTuple):
     tokens: np.ndarray  # i32[B, R, J]
     mask: np.ndarray  # bool[B, R, J]
     advantages: np.ndarray  # f32[B, R]
-    old_logprobs: np.ndarray  # f32[B, R, J]
+    sampled: np.ndarray  # f32[B, R, J] the sampler's log-probs
+    old_logprobs: np.ndarray  # f32[B, R, J] of the policy that sampled; not read if the policy in training is that one
+    on_policy: np.ndarray  # bool[] it is: the first update of a step
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "remat", "mean"), donate_argnames=("grads",))
@@ -71,9 +74,12 @@ def accumulate(
     def loss_of(trained):
         model = bind(model_config, trained | frozen)
         logprobs = completion_logprobs(model, batch, done.tokens, temperature, banned, remat=remat)
-        return policy_loss(
+        # The ratio of the first update is exactly 1. Log-probs of another pass differ in the last bits, which a
+        # nearly closed clip would take for a change of policy.
+        old = jnp.where(done.on_policy, jax.lax.stop_gradient(logprobs), done.old_logprobs)
+        loss, metrics = policy_loss(
             logprobs,
-            done.old_logprobs,
+            old,
             done.advantages,
             done.mask,
             clip_low=clip,
@@ -81,6 +87,8 @@ def accumulate(
             mean=mean,
             total=total,
         )
+        gap = jnp.where(done.mask & done.on_policy, jnp.abs(logprobs - done.sampled), 0.0).sum()
+        return loss, metrics | {"gap": gap}
 
     (loss, metrics), new = jax.value_and_grad(loss_of, has_aux=True)(trained)
     return jax.tree.map(jnp.add, grads, new), metrics | {"loss": loss}
@@ -158,15 +166,16 @@ def run(config: Rl) -> Path:
             parts = [
                 groups[i : i + config.prompts_per_update] for i in range(0, len(groups), config.prompts_per_update)
             ]
-            # All old log-probs come from the policy that sampled: before the first update of the step.
-            scored = [list(_scored(config, sampler, state["trained"], frozen, part)) for part in parts]
+            # All old log-probs come from the policy that sampled: before the first update, which needs none.
+            params = state["trained"] | frozen
+            scored = [list(_scored(config, sampler, params, part, first=not i)) for i, part in enumerate(parts)]
             sums: list[dict] = []
             for part, micro_batches in zip(parts, scored, strict=True):
                 grads = jax.tree.map(jnp.zeros_like, state["trained"])
                 total = len(part) * config.group_size
                 if config.loss_mean == "token":
                     total = sum(int(group.lengths.sum()) for group in part)
-                for batch, done, _ in micro_batches:
+                for batch, done in micro_batches:
                     grads, seen = accumulate(
                         state["trained"], frozen, grads, batch, done, np.float32(config.sampling.temperature),
                         sampler.vocabulary.banned, clip, np.float32(total),
@@ -178,7 +187,7 @@ def run(config: Rl) -> Path:
                         state["trained"], state["opt_state"], grads, np.float32(rate)
                     )
                     sums[-1] = sums[-1] | {"grad_norm": norm}
-            scalars = _summary(groups, scored, jax.device_get(sums), clip)
+            scalars = _summary(groups, jax.device_get(sums), len(scored[0]), clip)
             scalars |= {"train/learning_rate": rate, "perf/rollout_seconds": rolled - began}
             scalars |= {"perf/update_seconds": time.monotonic() - rolled}
             scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
@@ -217,10 +226,10 @@ def _roll_out(config: Rl, sampler: Sampler, params, pairs: list[tuple[Sample, Ex
     return [groups[index] for index in range(len(pairs))]
 
 
-def _scored(config: Rl, sampler: Sampler, trained, frozen, groups: list[Group]):
-    """Micro-batches of the groups that have a gradient (those whose rewards differ): (Batch, Completions, gap).
+def _scored(config: Rl, sampler: Sampler, params, groups: list[Group], first: bool) -> Iterator:
+    """Micro-batches (Batch, Completions) of the groups that have a gradient: those whose rewards differ.
 
-    gap: mean |sampler's log-prob - old log-prob| over the completions' tokens; 0 but for rounding.
+    first: for the first update of a step, whose old log-probs are its own.
     """
     useful = [group for group in groups if np.any(group.advantages != 0)]
     prompts = [group.prompt for group in useful]
@@ -233,22 +242,28 @@ def _scored(config: Rl, sampler: Sampler, trained, frozen, groups: list[Group]):
         length = min((size for size in config.buckets.completion if size >= longest), default=longest)
         shape = (config.prompts, config.group_size, length)
         tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        advantages = np.zeros(shape[:2], np.float32)
+        advantages, sampled, old = (
+            np.zeros(shape[:2], np.float32),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+        )
         for row, group in enumerate(members):
             width = min(length, group.tokens.shape[1])
-            tokens[row, :, :width] = group.tokens[:, :width]
+            tokens[row, :, :width], sampled[row, :, :width] = group.tokens[:, :width], group.logprobs[:, :width]
             mask[row] = np.arange(length)[None] < group.lengths[:, None]
             advantages[row] = group.advantages
-        banned = sampler.vocabulary.banned
-        old = np.asarray(score(trained | frozen, batch, tokens, temperature, banned, config=sampler.model_config))
-        gaps = [
-            np.abs(old[row, :, :length] - group.logprobs[:, :length])[mask[row]] for row, group in enumerate(members)
-        ]
-        yield batch, Completions(tokens, mask, advantages, old), float(np.concatenate(gaps).mean())
+        if not first:
+            banned = sampler.vocabulary.banned
+            old = np.asarray(score(params, batch, tokens, temperature, banned, config=sampler.model_config))
+        yield batch, Completions(tokens, mask, advantages, sampled, old, np.asarray(first))
 
 
-def _summary(groups: list[Group], scored: list, sums: list[dict], clip) -> dict[str, float]:
-    """One step's metrics: rewards over all completions, ratios over the tokens that were trained."""
+def _summary(groups: list[Group], sums: list[dict], on_policy: int, clip) -> dict[str, float]:
+    """One step's metrics: rewards over all completions, ratios over the tokens that were trained.
+
+    sums: of every micro-batch; the first `on_policy` of them are the first update's, where sampler and trainer agree
+    but for rounding: train/sampler_gap is their mean |difference| of log-probs.
+    """
     rewards = [reward for group in groups for reward in group.rewards]
     summary = {f"reward/{name}": float(np.mean([getattr(r, name) for r in rewards])) for name in RewardParts._fields}
     lengths = np.concatenate([group.lengths for group in groups])
@@ -265,9 +280,10 @@ def _summary(groups: list[Group], scored: list, sums: list[dict], clip) -> dict[
         said = [label == is_right for label, is_right in zip(gold, right, strict=True)]
         summary[f"rollout/f1_{task}"] = float(f1_score(gold, said, zero_division=0.0))
     if sums:
+        first = sums[:on_policy]
         tokens = sum(float(s["tokens"]) for s in sums)
         summary |= {
-            "train/sampler_gap": float(np.mean([gap for part in scored for *_, gap in part])),
+            "train/sampler_gap": sum(float(s["gap"]) for s in first) / max(1, sum(float(s["tokens"]) for s in first)),
             "train/loss": sum(float(s["loss"]) for s in sums),
             "train/grad_norm": float(np.mean([s["grad_norm"] for s in sums if "grad_norm" in s])),
             "train/clip": float(sums[0]["clip_low"]),  # as the loss saw it

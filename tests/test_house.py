@@ -130,6 +130,8 @@ def test_every_setting_is_read():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_config_loads_and_names_its_inputs_and_output(path):
     config = load(STAGE_OF_FILE[path.stem.split("_")[0]], str(path), [])
+    if path.parent.name == "demo":  # `gvl demo` names those
+        return
     assert config.model and config.output
     assert getattr(config, "data", None) or config.train
 
