@@ -26,7 +26,7 @@ from gvl_jax.run_folder import replace_text
 from gvl_jax.types import Sample
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "demo"
-TRAIN, HELDOUT = (1600, 2800, 2800), (200, 200, 200)  # records of text, image and text_image
+TRAIN, HELDOUT = (2000, 2600, 3400), (200, 200, 200)  # records of text, image and text_image
 MODELS = ("always_harmful", "sft", "r_sft", "r_sft_rl")
 COLUMNS = ("f1", "balanced_accuracy", "parse_failures", "reasoning_tokens")
 INK = " .:-=+*#%@"  # light to dark

@@ -66,12 +66,9 @@ def policy_loss(
     logprobs, old_logprobs f32[..., J], loss_mask bool[..., J], advantages f32[...]. mean: "sequence" averages
     the tokens of each sequence, then the sequences; "token" averages all tokens. total: sequences (or tokens) of
     the whole update, default those given. clip_low and clip_high are arrays: a traced step sees each new value.
-    old_logprobs None: the policy in training is the one that sampled, so K is 1. Log-probs of a separate scoring pass
-    differ in the last bits (as XLA compiles it otherwise), which a nearly closed clip would take for a change.
     Returns the loss and metrics: sums over tokens, to be divided by `tokens`.
     """
     mask = loss_mask.astype(jnp.float32)
-    old_logprobs = lax.stop_gradient(logprobs) if old_logprobs is None else old_logprobs
     log_ratio = jnp.where(loss_mask, logprobs - old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)
     advantages = jnp.broadcast_to(advantages[..., None], ratio.shape)
