@@ -91,8 +91,9 @@ class Guard:
                     raise SampleRejected("too_long", f"over {self.config.max_characters} characters of text")
                 longest = max(self.config.buckets.prompt)
                 examples[index] = to_example(sample, self.tokenizer, self.images, longest)
-            except SampleRejected as rejection:
-                judged[index] = Judgement.rejected(sample.id, f"{rejection.reason}: {rejection}")
+            except ValueError as error:  # SampleRejected, or a user turn whose tags are not its images
+                reason = error.reason if isinstance(error, SampleRejected) else "invalid"
+                judged[index] = Judgement.rejected(sample.id, f"{reason}: {error}")
         completions = self.sampler.complete(self.params, list(examples.values()))
         for index, (said,) in zip(examples, completions, strict=True):
             judged[index] = _judgement(samples[index], said)

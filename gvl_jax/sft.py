@@ -65,8 +65,8 @@ def build(config: Sft, tokenizer: Tokenizer, sample: Sample) -> Example | Sample
 def run(config: Sft) -> Path:
     """Train, checkpoint, export. → the exported model's directory, `output`/model.
 
-    Raises ConfigError, RecordError, HubError, CheckpointError with one line each; FloatingPointError when the loss
-    is not finite.
+    Raises ConfigError, HubError, CheckpointError, ValueError (records) with one line each; FloatingPointError when the
+    loss is not finite.
     """
     folder = open_run(config, "model", "train", "output")
     target = folder / "model"
@@ -127,10 +127,8 @@ def run(config: Sft) -> Path:
             scalars = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": grad_norm}
             scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
             final = float(loss)  # waits for the device: what follows is the step's true time
-            tokens, slots = (
-                sum(int((b.segments > 0).sum()) + len(shared) for b in batches),
-                len(batches) * (len(shared) + config.rows * length),
-            )
+            tokens = sum(int((batch.segments > 0).sum()) + len(shared) for batch in batches)
+            slots = len(batches) * (len(shared) + config.rows * length)
             scalars |= throughput(tokens, max(slots, 1), time.monotonic() - began)
             metrics.write(step, scalars | {"perf/compiles": compiles.total})
             if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
