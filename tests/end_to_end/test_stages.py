@@ -133,7 +133,8 @@ def test_the_logged_numbers_have_their_names_and_are_finite(runs):
     assert [row["step"] for row in rl_steps] == [0, 1, 2, 3]
     assert set(rl_steps[0]) == {
         "step", "reward/total", "reward/safety", "reward/format", "reward/request", "reward/response", "reward/length",
-        "rollout/tokens", "rollout/tokens_p95", "rollout/truncated", "rollout/useful_groups", "train/clip",
+        "rollout/tokens", "rollout/tokens_p95", "rollout/truncated", "rollout/useful_groups", "rollout/f1_request",
+        "rollout/f1_response", "train/clip",
         "train/sampler_gap", "train/loss", "train/grad_norm", "train/ratio", "train/ratio_max", "train/clipped",
         "train/approx_kl", "train/learning_rate",
     }  # fmt: skip

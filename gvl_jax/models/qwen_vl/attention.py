@@ -61,13 +61,14 @@ def attend_after_prompt(q, prompt_k, prompt_v, prompt_mask, k, v, mask):
     B, R, J, N, H = q.shape
     S, K = prompt_k.shape[1:3]
     # heads first: plain matrix products, whose gradients are plain matrix products too (2x on a CPU)
-    q = q.reshape(B, R, J, K, N // K, H).transpose(0, 3, 1, 4, 2, 5) * H**-0.5
+    q = q.reshape(B, R, J, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
     prompt_k, prompt_v = (a.transpose(0, 2, 1, 3) for a in (prompt_k, prompt_v))
     k, v = (a.transpose(0, 3, 1, 2, 4) for a in (k, v))
     to_prompt = jnp.einsum("bkrgjh,bksh->bkrgjs", q, prompt_k, preferred_element_type=jnp.float32)
     to_own = jnp.einsum("bkrgjh,bkrih->bkrgji", q, k, preferred_element_type=jnp.float32)
-    to_prompt = jnp.where(prompt_mask[:, None, None, None, None, :], to_prompt, MASKED)
-    to_own = jnp.where(mask[:, None, :, None], to_own, MASKED)
+    scale = H**-0.5  # on the fp32 scores: a bfloat16 q would round once more
+    to_prompt = jnp.where(prompt_mask[:, None, None, None, None, :], to_prompt * scale, MASKED)
+    to_own = jnp.where(mask[:, None, :, None], to_own * scale, MASKED)
     highest = lax.stop_gradient(jnp.maximum(to_prompt.max(-1), to_own.max(-1)))[..., None]
     to_prompt, to_own = jnp.exp(to_prompt - highest), jnp.exp(to_own - highest)
     out = jnp.einsum(

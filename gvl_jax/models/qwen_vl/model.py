@@ -113,4 +113,4 @@ def abstract_params(config: QwenVLConfig) -> dict:
 
 def init_params(config: QwenVLConfig, seed: int) -> dict:
     """Random parameters, fp32."""
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(QwenVL(config, rngs=nnx.Rngs(seed)))))()
+    return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(QwenVL(config, rngs=nnx.Rngs(key)))))(jax.random.key(seed))
