@@ -51,7 +51,7 @@ class Optim:
     """AdamW and its learning-rate schedule."""
 
     peak_lr: float = 5e-5
-    schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to 0 at the last step
+    schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to 0 after the last step
     warmup_steps: int = 0
     b1: float = 0.9
     b2: float = 0.999

@@ -10,7 +10,7 @@ from gvl_jax.config import Optim
 
 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
-    """The rate of step 0 … total_steps - 1: a linear warm-up, then the schedule, which a cosine ends at 0."""
+    """The rate of step 0 … total_steps - 1: a linear warm-up, then the schedule; a cosine reaches 0 at total_steps."""
     if step < optim.warmup_steps:
         return optim.peak_lr * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
