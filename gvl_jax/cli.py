@@ -23,7 +23,9 @@ gvl VERB …
   moderate MODEL [--input FILE]      judge requests, responses and pictures
   convert from-hf|to-hf|verify …     checkpoints between layouts, losslessly
   data embedded DIR                  write the small corpus made for the demo
+  data buckets CFG                   propose buckets.patches for the data of `gvl sft CFG`
   report RUN                         report.html of a run folder
+  bench [--size S] [--only CASES]    speed and memory against transformers, and against the plain way
 
 CFG is a YAML file of configs/; any of its fields is a flag: --optim.peak-lr 2e-5. `gvl VERB --help` lists them.
 A stage that was stopped goes on when the same command is given again. --dry-run shows what would be done, --json
@@ -169,11 +171,16 @@ def _convert(args: list[str]) -> int:
 
 
 def _data(args: list[str]) -> int:
+    if args[:1] == ["buckets"]:
+        from gvl_jax.buckets import main
+
+        return main(args[1:])
     parser = argparse.ArgumentParser("gvl data")
     verbs = parser.add_subparsers(dest="verb", required=True)
     embedded = verbs.add_parser("embedded", help="write the small corpus made for the demo")
     embedded.add_argument("directory", type=Path)
     embedded.add_argument("--seed", type=int, default=0)
+    verbs.add_parser("buckets", help="propose buckets.patches for the data of a config file of SFT")
     options = parser.parse_args(args)
 
     from gvl_jax.data.embedded import write
@@ -196,6 +203,14 @@ def _report(args: list[str]) -> int:
     return 0
 
 
+def _bench(args: list[str]) -> int:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two libraries share one accelerator
+    from gvl_jax.bench.run import main
+
+    _compile_cache()
+    return main(args)
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "sft": _stage(Sft, "sft"),
@@ -206,6 +221,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "convert": _convert,
     "data": _data,
     "report": _report,
+    "bench": _bench,
 }
 
 

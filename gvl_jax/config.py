@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 import yaml
 
+from gvl_jax.types import Remat
+
 Config = TypeVar("Config")
 
 Dtype = Literal["float32", "bfloat16"]
@@ -119,15 +121,16 @@ class Sft:
     limit: int | None = None  # first samples of `train` only
     seed: int = 0
     dtype: Dtype = "bfloat16"
-    remat: bool = True
+    remat: Remat = "layers"  # recomputed in the backward pass: nothing, all but matrix products, whole layers
     save_every: int = 100  # steps
+    workers: int | None = None  # threads that read and shape the input; none given: one per core, at most 16
     resume: Resume = "auto"
     images: Images = field(default_factory=Images)
     buckets: Buckets = field(default_factory=Buckets)
     optim: Optim = field(default_factory=Optim)
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "global_batch", "rows", "max_length", "limit", "save_every")
+        _positive(self, "epochs", "global_batch", "rows", "max_length", "limit", "save_every", "workers")
 
 
 @dataclass(frozen=True)
@@ -183,12 +186,14 @@ class Rl:
     prompts_per_step: int = 512  # prompts of a rollout batch
     prompts_per_update: int = 256  # as released: 128
     prompts: int = 32  # prompts decoded, scored or trained together
+    slots: int | None = None  # completions of a prompt decoded at a time, the others follow; null: the whole group
     epochs: int = 1
     limit: int | None = None
     seed: int = 0
     dtype: Dtype = "bfloat16"
-    remat: bool = True
+    remat: Remat = "layers"  # recomputed in the backward pass: nothing, all but matrix products, whole layers
     save_every: int = 1  # steps
+    workers: int | None = None  # threads that read and shape the input; none given: one per core, at most 16
     resume: Resume = "auto"
     images: Images = field(default_factory=lambda: Images(min_pixels=262_144, max_pixels=4_194_304))
     buckets: Buckets = field(default_factory=Buckets)
@@ -196,8 +201,8 @@ class Rl:
     optim: Optim = field(default_factory=lambda: Optim(peak_lr=1e-6, schedule="constant", weight_decay=1e-2))
 
     def __post_init__(self) -> None:
-        _positive(self, "max_length", "prompts_per_step", "prompts_per_update", "prompts", "epochs", "limit")
-        _positive(self, "save_every")
+        _positive(self, "max_length", "prompts_per_step", "prompts_per_update", "prompts", "slots", "epochs", "limit")
+        _positive(self, "save_every", "workers")
         _require(0 <= self.mixed_share < 1, f"mixed_share is {self.mixed_share}, expected at least 0 and below 1")
         _require(0 < self.beta <= 1, f"beta is {self.beta}, expected above 0 and at most 1: it caps l_norm; 1 = no cap")
         _require(0 < self.epsilon < 1, f"epsilon is {self.epsilon}, expected above 0 and below 1, such as 0.2")
@@ -250,7 +255,10 @@ class Moderate:
     response: str | None = None
     image: tuple[str, ...] = ()  # paths
     prompts: int = 16  # prompts decoded together
-    max_new_tokens: int = 512  # a completion that is longer has no verdict, which blocks
+    mode: Literal["fast", "reason", "auto"] = "reason"  # fast: no reasoning; auto: fast first, reason if uncertain
+    uncertain_from: float = 0.02  # auto: a fast P(harmful) from here …
+    uncertain_to: float = 0.98  # … to here is reasoned about
+    reasoning_budget: int = 512  # tokens; reasoning that is longer is cut, and blocks
     max_images: int = 8  # of one record
     max_characters: int = 100_000  # of a request, of a response
     min_pixels: int | None = None  # default: the checkpoint's preprocessor_config.json
@@ -260,7 +268,12 @@ class Moderate:
     buckets: Buckets = field(default_factory=lambda: Buckets(prompt=(256, 512, 1024, 2048, 4096)))
 
     def __post_init__(self) -> None:
-        _positive(self, "prompts", "max_new_tokens", "max_images", "max_characters", "min_pixels", "max_pixels")
+        _positive(self, "prompts", "reasoning_budget", "max_images", "max_characters", "min_pixels", "max_pixels")
+        _require(
+            0 <= self.uncertain_from <= self.uncertain_to <= 1,
+            f"uncertain_from is {self.uncertain_from} and uncertain_to {self.uncertain_to}, expected "
+            "0 <= uncertain_from <= uncertain_to <= 1",
+        )
         _require(
             not self.input or not (self.request or self.response or self.image),
             "input is set and so is request, response or image; give a file or one record, not both",

@@ -26,7 +26,7 @@ from gvl_jax.run_folder import replace_text
 from gvl_jax.types import Sample
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "demo"
-TRAIN, HELDOUT = (2000, 2600, 3400), (200, 200, 200)  # records of text, image and text_image
+TRAIN, HELDOUT = (3600, 2400, 3600), (200, 200, 200)  # records of text, image and text_image
 MODELS = ("always_harmful", "sft", "r_sft", "r_sft_rl")
 COLUMNS = ("f1", "balanced_accuracy", "parse_failures", "reasoning_tokens")
 INK = " .:-=+*#%@"  # light to dark
@@ -128,7 +128,11 @@ def _judge_three(model: Path, heldout: Path) -> None:
         samples.setdefault(evaluate.modality(sample), sample)
     demo = load(Eval, str(CONFIGS / "eval.yaml"), [])
     settings = Moderate(
-        model=str(model), dtype=demo.dtype, buckets=demo.buckets, prompts=4, max_new_tokens=demo.sampling.max_new_tokens
+        model=str(model),
+        dtype=demo.dtype,
+        buckets=demo.buckets,
+        prompts=4,
+        reasoning_budget=demo.sampling.max_new_tokens,
     )
     for sample, said in zip(samples.values(), Guard(settings).moderate_batch(list(samples.values())), strict=True):
         print(f"\n─── {sample.id}")

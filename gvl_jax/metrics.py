@@ -11,16 +11,18 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
+
+Item = TypeVar("Item")
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
@@ -96,6 +98,18 @@ def throughput(tokens: int, slots: int, seconds: float) -> dict[str, float]:
     }
 
 
+def timed(items: Iterable[Item]) -> Iterator[tuple[float, Item]]:
+    """(seconds waited for it, item): the input of a stage, whose wait is the metric perf/input_seconds."""
+    iterator = iter(items)
+    while True:
+        began = time.monotonic()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield time.monotonic() - began, item
+
+
 @contextmanager
 def progress(total: int, description: str, initial: int = 0) -> Iterator[Callable[..., None]]:
     """Yields `advance(count=1, note="")`. A bar on a terminal; elsewhere (the log of a pod) a line every 10 s.
@@ -140,6 +154,20 @@ def progress(total: int, description: str, initial: int = 0) -> Iterator[Callabl
             print_line(last_note)
 
 
+def compile_ahead(calls: Mapping[str, tuple[Any, tuple, dict[str, Any]]]) -> dict[str, Any]:
+    """Compile before the first step, so that no later one stalls: what is computed → (jitted function, args, kwargs).
+
+    Arguments are those of a real call, or of the same shape, dtype and sharding. JAX keeps what is compiled here for
+    the calls of the function itself. → the executables, whose memory_analysis and cost_analysis can be read.
+    """
+    compiled = {}
+    with progress(len(calls), "compile") as advance:
+        for name, (jitted, args, kwargs) in calls.items():
+            compiled[name] = jitted.lower(*args, **kwargs).compile()
+            advance(note=name)
+    return compiled
+
+
 class Recompiled(RuntimeError):
     """A watched function compiled more often than it has shapes: minutes lost at every step, unseen."""
 
@@ -160,8 +188,9 @@ class CompileCounter:
         """Compilations since this counter was made, of every function."""
         return self.counts.total()
 
-    def watch(self, jitted: Callable[..., Any], expected: int = 1) -> Callable[..., Any]:
-        """`jitted`, which may compile `expected` times: once per bucket of its arguments.
+    def watch(self, jitted: Any, expected: int = 1) -> Any:
+        """`jitted`, which may compile `expected` times: once per bucket of its arguments, ahead (`compile_ahead`) or
+        when it is called.
 
         Raises:
             Recompiled: it compiled once more; names the arguments whose shape, dtype or sharding is new.
@@ -180,7 +209,13 @@ class CompileCounter:
                 seen.append(now)
             return result
 
-        return call
+        def lower(*args: Any, **kwargs: Any) -> Any:
+            seen.append(_describe(parameters.bind(*args, **kwargs).arguments))
+            return jitted.lower(*args, **kwargs)
+
+        watched: Any = call
+        watched.lower = lower
+        return watched
 
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)

@@ -20,7 +20,8 @@ from gvl_jax.config import ConfigError, Dtype, Images, Moderate, Sampling
 from gvl_jax.data.loader import SampleRejected, to_example
 from gvl_jax.data.records import BadRecord, read_records
 from gvl_jax.data.tokenizer import load_tokenizer
-from gvl_jax.guard.verdict import flagged, parse, with_label
+from gvl_jax.guard.closing import closing
+from gvl_jax.guard.verdict import flagged, parse
 from gvl_jax.metrics import progress
 from gvl_jax.models.qwen_vl.hub import image_bounds, load_config, load_params, resolve
 from gvl_jax.run_folder import replace_text
@@ -38,16 +39,29 @@ class Judgement(NamedTuple):
     request: Label | None  # None: no verdict
     response: Label | None  # None: no verdict, or no response was given
     flagged: bool  # harmful, or no verdict at all
-    status: str  # ok, parse_failed, truncated, input_rejected
+    status: str  # ok, parse_failed, truncated (the reasoning ran out of budget), input_rejected
+    decided_by: str  # fast, reason, or fail_closed: any status but ok blocks
     reason: str | None  # why an input was rejected
     reasoning: str | None
     warnings: tuple[str, ...]  # reasoning_conflict
-    scores: dict[str, float | None]  # P(harmful) at the label, after the reasoning: near 0 or 1, and no calibration
+    scores: dict[str, float | None]  # P(harmful) where the label stands; after reasoning near 0 or 1, not calibrated
     tokens: int  # generated
 
     @classmethod
     def rejected(cls, id: str, reason: str) -> "Judgement":
-        return cls(id, None, None, True, "input_rejected", reason, None, (), {"request": None, "response": None}, 0)
+        return cls(
+            id,
+            None,
+            None,
+            True,
+            "input_rejected",
+            "fail_closed",
+            reason,
+            None,
+            (),
+            {"request": None, "response": None},
+            0,
+        )
 
 
 class Guard:
@@ -60,8 +74,16 @@ class Guard:
         self.params = jax.tree.map(jnp.asarray, load_params(source, self.model_config, dtype=np.dtype(config.dtype)))
         low, high = image_bounds(source)
         self.images = Images(config.min_pixels or low, config.max_pixels or high)
-        sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
-        self.sampler = Sampler(self.tokenizer, self.model_config, config.buckets, sampling, config.prompts)
+        self.closing = closing(self.tokenizer, self.model_config.text.vocab_size)
+
+        def sampler(tokens: int) -> Sampler:
+            sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
+            return Sampler(
+                self.tokenizer, self.model_config, config.buckets, sampling, config.prompts, closing=self.closing
+            )
+
+        self.reason = sampler(config.reasoning_budget + int(self.closing.length))
+        self.fast = sampler(int(self.closing.length))
 
     @classmethod
     def from_pretrained(
@@ -89,56 +111,60 @@ class Guard:
                 texts = (sample.request, sample.response or "", sample.user_turn or "")
                 if max(map(len, texts)) > self.config.max_characters:
                     raise SampleRejected("too_long", f"over {self.config.max_characters} characters of text")
-                longest = max(self.config.buckets.prompt)
+                longest = max(self.config.buckets.prompt) - len(self.closing.opening)
                 examples[index] = to_example(sample, self.tokenizer, self.images, longest)
             except ValueError as error:  # SampleRejected, or a user turn whose tags are not its images
                 reason = error.reason if isinstance(error, SampleRejected) else "invalid"
                 judged[index] = Judgement.rejected(sample.id, f"{reason}: {error}")
-        completions = self.sampler.complete(self.params, list(examples.values()))
-        for index, (said,) in zip(examples, completions, strict=True):
+        if self.config.mode != "reason":
+            for index, (said,) in self._complete(self.fast, samples, examples, fast=True):
+                judged[index] = _fast_judgement(samples[index], said)
+                scores = [score for score in judged[index].scores.values() if score is not None]
+                band = (self.config.uncertain_from, self.config.uncertain_to)
+                if self.config.mode == "fast" or not any(band[0] <= score <= band[1] for score in scores):
+                    del examples[index]
+        for index, (said,) in self._complete(self.reason, samples, examples):
             judged[index] = _judgement(samples[index], said)
-        accepted = [
-            (index, said.text)
-            for index, (said,) in zip(examples, completions, strict=True)
-            if judged[index].status == "ok"
-        ]
-        scores = self._scores([examples[index] for index, _ in accepted], [text for _, text in accepted])
-        for (index, _), (request, response) in zip(accepted, scores, strict=True):
-            known = {"request": request, "response": response if samples[index].response else None}
-            judged[index] = judged[index]._replace(scores=known)
         return [judged[index] for index in range(len(samples))]
 
-    def _scores(self, prompts: list[Example], texts: list[str]) -> list[tuple[float, float]]:
-        """P(harmful) of (request, response): the label against its opposite, where it stands after the reasoning."""
-        candidates = [
-            [
-                self.tokenizer.encode_text(with_label(text, task, label))
-                for task in ("request", "response")
-                for label in ("harmful", "unharmful")
-            ]
-            for text in texts
-        ]
-        scores = []
-        for harmful, unharmful, harmful_response, unharmful_response in self.sampler.score(
-            self.params, prompts, candidates
-        ):
-            scores.append((_share(harmful, unharmful), _share(harmful_response, unharmful_response)))
-        return scores
+    def _complete(self, sampler: Sampler, samples: Sequence[Sample], examples: dict[int, Example], fast: bool = False):
+        """(index, completions) of the examples."""
+        responses = [_has_response(samples[index]) for index in examples]
+        prompts = list(examples.values())
+        completions = sampler.complete(self.params, prompts, has_response=responses, fast=fast) if prompts else []
+        return list(zip(examples, completions, strict=True))
 
 
-def _share(first: np.ndarray, second: np.ndarray) -> float:
-    """P(first) / (P(first) + P(second)) of two continuations, from the log-probs of their tokens."""
-    return float(1 / (1 + np.exp(np.clip(second.sum() - first.sum(), -700, 700))))
+def _has_response(sample: Sample) -> bool:
+    """Whether there is a response to judge. A user turn that came whole says so in its last line."""
+    if sample.user_turn is not None:
+        return not sample.user_turn.rstrip().endswith("AI assistant:\nNone")
+    return bool(sample.response)
+
+
+def _scores(sample: Sample, said: Completion) -> dict[str, float | None]:
+    return {"request": said.scores[0], "response": said.scores[1] if _has_response(sample) else None}
+
+
+def _fast_judgement(sample: Sample, said: Completion) -> Judgement:
+    scores = _scores(sample, said)
+    labels: list[Label | None] = [
+        None if score is None else "harmful" if score >= 0.5 else "unharmful" for score in scores.values()
+    ]
+    return Judgement(
+        sample.id, labels[0], labels[1], "harmful" in labels, "ok", "fast", None, None, (), scores, said.tokens
+    )
 
 
 def _judgement(sample: Sample, said: Completion) -> Judgement:
+    """The verdict after reasoning. Cut reasoning has one too, but it blocks: the sender may have caused the cut."""
     verdict = parse(said.text, said.finished)
-    if not sample.response and sample.user_turn is None:  # a verdict on a response that was not given says nothing
-        verdict = verdict._replace(response=None)
-    blocks = flagged(verdict, has_response=bool(sample.response))
+    status = "truncated" if said.cut else verdict.status
+    blocks = status != "ok" or flagged(verdict, has_response=_has_response(sample))
+    scores = _scores(sample, said) if verdict.status == "ok" else dict.fromkeys(("request", "response"))
     return Judgement(
-        sample.id, verdict.request, verdict.response, blocks, verdict.status, None, verdict.reasoning, verdict.warnings,
-        {"request": None, "response": None}, said.tokens,
+        sample.id, verdict.request, verdict.response, blocks, status, "reason" if status == "ok" else "fail_closed",
+        None, verdict.reasoning, verdict.warnings, scores, said.tokens,
     )  # fmt: skip
 
 

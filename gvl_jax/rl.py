@@ -29,14 +29,14 @@ from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.mixing import mixed_set
 from gvl_jax.guard.reward import RewardParts, length_aware_reward
 from gvl_jax.losses import clip_schedule, group_advantages, policy_loss
-from gvl_jax.metrics import MetricsWriter, progress
+from gvl_jax.metrics import MetricsWriter, progress, timed
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve, save_params
 from gvl_jax.models.qwen_vl.model import bind
 from gvl_jax.optim import apply_updates, learning_rate, optimizer, split_trained
 from gvl_jax.run_folder import append_rows, keep_rows, open_run, sample_row
 from gvl_jax.sampler import BUDGET, Sampler, completion_logprobs, score
-from gvl_jax.types import Batch, Example, Sample
+from gvl_jax.types import Batch, Example, Remat, Sample, Vision
 
 
 class Group(NamedTuple):
@@ -67,13 +67,15 @@ class Completions(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("model_config", "remat", "mean"), donate_argnames=("grads",))
 def accumulate(
     trained, frozen, grads, batch: Batch, done: Completions, temperature, banned, clip, total,
-    *, model_config: QwenVLConfig, remat: bool, mean: str,
+    *, model_config: QwenVLConfig, remat: Remat, mean: str,
 ):  # fmt: skip
     """Add the policy gradient of one micro-batch. clip and temperature are arrays. → (grads, metrics)."""
 
     def loss_of(trained):
         model = bind(model_config, trained | frozen)
-        logprobs = completion_logprobs(model, batch, done.tokens, temperature, banned, remat=remat)
+        logprobs, entropy = completion_logprobs(
+            model, batch, done.tokens, temperature, banned, done.mask, entropy=True, remat=remat
+        )
         # The ratio of the first update is exactly 1. Log-probs of another pass differ in the last bits, which a
         # nearly closed clip would take for a change of policy.
         old = jnp.where(done.on_policy, jax.lax.stop_gradient(logprobs), done.old_logprobs)
@@ -88,7 +90,7 @@ def accumulate(
             total=total,
         )
         gap = jnp.where(done.mask & done.on_policy, jnp.abs(logprobs - done.sampled), 0.0).sum()
-        return loss, metrics | {"gap": gap}
+        return loss, metrics | {"gap": gap, "entropy": entropy.sum()}
 
     (loss, metrics), new = jax.value_and_grad(loss_of, has_aux=True)(trained)
     return jax.tree.map(jnp.add, grads, new), metrics | {"loss": loss}
@@ -117,7 +119,7 @@ def run(config: Rl) -> Path:
 
     # ---------------------------------------------------------------- model and optimizer
     model_config = replace(load_config(source), dtype=config.dtype)
-    sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts)
+    sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts, slots=config.slots)
     params = jax.tree.map(jnp.asarray, load_params(source, model_config, dtype=np.float32))
     trained, frozen = split_trained(params, config.trained)
     state = {"trained": trained, "opt_state": optimizer(config.optim).init(trained)}
@@ -148,14 +150,17 @@ def run(config: Rl) -> Path:
         seed=config.seed,
         start=start,
         whole=True,
+        workers=config.workers,
     )
     with progress(total_steps, "rl", initial=start) as advance:
-        for step, built in enumerate(todo, start):
+        for step, (waited, built) in enumerate(timed(todo), start):
             began = time.monotonic()
             rejected.update(one.reason for one in built if isinstance(one, SampleRejected))
             pairs = [one for one in built if not isinstance(one, SampleRejected)]
             if not pairs:
                 raise ValueError(f"step {step}: all {len(built)} prompts were rejected, the first one: {built[0]}")
+            if config.trained == "language":
+                pairs = looked_at(config, sampler, frozen | state["trained"], pairs)
             groups = _roll_out(config, sampler, state["trained"] | frozen, pairs, step)
             rolled = time.monotonic()
 
@@ -189,7 +194,8 @@ def run(config: Rl) -> Path:
                     sums[-1] = sums[-1] | {"grad_norm": norm}
             scalars = _summary(groups, jax.device_get(sums), len(scored[0]), clip)
             scalars |= {"train/learning_rate": rate, "perf/rollout_seconds": rolled - began}
-            scalars |= {"perf/update_seconds": time.monotonic() - rolled}
+            scalars |= {"rollout/idle_share": 1 - sampler.used_steps / sampler.slot_steps}
+            scalars |= {"perf/update_seconds": time.monotonic() - rolled, "perf/input_seconds": waited}
             scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
             metrics.write(step, scalars)
             append_rows(folder / "samples.jsonl", (_row(step, group, folder) for group in groups[:4]))
@@ -202,6 +208,25 @@ def run(config: Rl) -> Path:
     # ---------------------------------------------------------------- export
     save_params(target, state["trained"] | frozen, model_config, dtype=config.dtype, source=source)
     return target
+
+
+@functools.partial(jax.jit, static_argnames=("model_config",))
+def look(params, vision: Vision, *, model_config: QwenVLConfig):
+    """What the vision tower makes of the pictures of a micro-batch."""
+    return bind(model_config, params).visual(vision, model_config.dtype)
+
+
+def looked_at(config: Rl, sampler: Sampler, params, pairs: list[tuple[Sample, Example]]) -> list:
+    """The pairs with what a frozen tower makes of their pictures: once for rollout, scoring and all updates."""
+    seen = list(pairs)
+    prompts, lengths = [prompt for _, prompt in pairs], config.buckets.prompt
+    for indices, batch in batch_prompts(prompts, rows=config.prompts, lengths=lengths, layout=sampler.layout):
+        if isinstance(batch.vision, Vision):
+            merged = np.asarray(look(params, batch.vision, model_config=sampler.model_config))
+            for row, index in enumerate(indices):
+                at = batch.image_index[row]
+                seen[index] = (pairs[index][0], pairs[index][1]._replace(merged=merged[at[at >= 0]]))
+    return seen
 
 
 def _roll_out(config: Rl, sampler: Sampler, params, pairs: list[tuple[Sample, Example]], step: int) -> list[Group]:
@@ -254,7 +279,7 @@ def _scored(config: Rl, sampler: Sampler, params, groups: list[Group], first: bo
             advantages[row] = group.advantages
         if not first:
             banned = sampler.vocabulary.banned
-            old = np.asarray(score(params, batch, tokens, temperature, banned, config=sampler.model_config))
+            old = np.asarray(score(params, batch, tokens, temperature, banned, mask, config=sampler.model_config))
         yield batch, Completions(tokens, mask, advantages, sampled, old, np.asarray(first))
 
 
@@ -269,7 +294,7 @@ def _summary(groups: list[Group], sums: list[dict], on_policy: int, clip) -> dic
     lengths = np.concatenate([group.lengths for group in groups])
     summary |= {
         "rollout/tokens": float(lengths.mean()),
-        "rollout/tokens_p95": float(np.percentile(lengths, 95)),
+        **{f"rollout/tokens_p{share}": float(np.percentile(lengths, share)) for share in (50, 95, 99, 100)},
         "rollout/truncated": float(np.mean(np.concatenate([group.stopped for group in groups]) == BUDGET)),
         "rollout/useful_groups": float(np.mean([np.any(group.advantages != 0) for group in groups])),
         "train/clip": float(np.asarray(clip)),
@@ -291,6 +316,7 @@ def _summary(groups: list[Group], sums: list[dict], on_policy: int, clip) -> dic
             "train/ratio_max": max(float(s["ratio_max"]) for s in sums),
             "train/clipped": sum(float(s["clipped"]) for s in sums) / tokens,
             "train/approx_kl": sum(float(s["approx_kl"]) for s in sums) / tokens,
+            "train/entropy": sum(float(s["entropy"]) for s in sums) / tokens,
         }
     return summary
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL.Image import Image
 
 Label = Literal["harmful", "unharmful"]
+Remat = Literal["none", "dots", "layers"]  # what the backward pass computes again, see `scan_layers`
 ImageSource = Path | bytes | Image
 Array = Any  # np.ndarray on the host, jax.Array on a device
 
@@ -40,6 +41,7 @@ class Example(NamedTuple):
     positions: np.ndarray  # i32[3, T] M-RoPE: time, height, width
     patches: np.ndarray  # f32[P, C] all images, in the reference's order (merge blocks, row by row)
     grids: np.ndarray  # i32[n, 3] one (t, h, w) per image, in patches
+    merged: np.ndarray | None = None  # [ΣM, D] what a frozen vision tower made of the patches, in reading order
 
 
 class Vision(NamedTuple):
@@ -69,7 +71,7 @@ class Batch(NamedTuple):
     positions: Array  # i32[3, B, T]
     segments: Array  # i32[B, T] from 1; 0 = padding
     image_index: Array  # i32[B, T] which merged patch replaces the token's embedding; -1 = none
-    vision: Vision | None  # None: no image in the micro-batch, the vision tower does not run
+    vision: Vision | Array | None  # [M, D]: Example.merged of its examples; None: no image. Then the tower rests
     shared: Array | None = (
         None  # i32[S] what every sample begins with (the instruction): computed once, not in the rows
     )
@@ -81,4 +83,5 @@ class Rollout(NamedTuple):
     tokens: Array  # i32[B, R, J] right-padded
     logprobs: Array  # f32[B, R, J] of the sampled token, under softmax(logits / temperature) over allowed ids
     lengths: Array  # i32[B, R] tokens kept, the end token included
-    stopped: Array  # i32[B, R] why: sampler.END_TOKEN, sampler.VERDICT or sampler.BUDGET
+    stopped: Array  # i32[B, R] why: decoding.END_TOKEN, VERDICT, BUDGET or CUT
+    scores: Array  # f32[B, R, 2] P(harmful) of request and response, where a forced close decided them; else 0

@@ -31,7 +31,7 @@ def model(tmp_path_factory):
     raw = json.loads((folder / "files" / "config.json").read_text())
     raw["text_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     raw["text_config"]["layer_types"] = ["full_attention"]
-    raw["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
+    raw["text_config"]["rope_parameters"]["mrope_section"] = [1, 1, 2]
     raw["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0], "hidden_size": 16, "intermediate_size": 24}
     raw["vision_config"] |= {"num_heads": 2, "out_hidden_size": 32}
     (folder / "files" / "config.json").write_text(json.dumps(raw))
@@ -97,7 +97,7 @@ WRONG = {
     "no such records": (SFT.format(m="m", t="none.jsonl"), 1, "no such records file: none.jsonl"),
     "no records": (SFT.format(m="m", t="empty.jsonl"), 1, "empty.jsonl: holds no records"),
     "bad records": (SFT.format(m="m", t="bad.jsonl"), 1, "key 'request_label': got 'safe', expected harmful"),
-    "nothing to learn": (GOOD, 1, "samples of the first step were rejected, the first one: no reasoning"),
+    "nothing to learn": (GOOD, 1, "samples of the first step were rejected, the first: no reasoning"),
     "too few prompts": (
         "rl --model m --train good.jsonl --output run",
         2,

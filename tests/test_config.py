@@ -56,7 +56,7 @@ def test_text_that_yaml_does_not_read_as_a_float_is_one(tmp_path):
         ("rows: 8.0", "sft.yaml: rows: got 8.0 (float), expected int"),
         ("rows: true", "sft.yaml: rows: got True (bool), expected int"),
         ("rows:", "sft.yaml: rows: got nothing, expected int"),
-        ("remat: 1", "sft.yaml: remat: got 1 (int), expected bool"),
+        ("remat: true", "sft.yaml: remat: got True (bool), expected one of none, dots, layers"),
         ("limit: few", "sft.yaml: limit: got 'few' (str), expected int"),
         ("model: 3", "sft.yaml: model: got 3 (int), expected str"),
         ("train: a.jsonl", "sft.yaml: train: got 'a.jsonl' (str), expected a list of str"),

@@ -214,7 +214,9 @@ def test_written_records_load_and_repeat_byte_for_byte(tmp_path: Path):
         path.relative_to(tmp_path / "a"): path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()
     }
     assert files == {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()}
-    assert len(files) == 3 + (8 + 12) + (4 + 6)
+    records = [record for name in SPLITS for record in load_records(tmp_path / "a" / f"{name}.jsonl")]
+    assert len(files) == 3 + sum(len(record.images) for record in records)
+    assert {len(record.images) for record in records if not record.request} == {1, 2}
     assert b"do not train" in files[Path("README.md")]
 
     expected = embedded.generate("heldout", 6, 4, 6, seed=1)

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
+from jax.test_util import check_grads
 
+from gvl_jax import losses
 from gvl_jax.losses import (
     clip_schedule,
     group_advantages,
@@ -68,6 +71,141 @@ def test_chunks_keep_whole_logits_out_of_memory():
     arrays = jnp.zeros((T, D)), jnp.zeros((D, V)), jnp.zeros(T, jnp.int32)
     memory = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile().memory_analysis()
     assert memory.temp_size_in_bytes < T * V * 4 / 4
+
+
+N, D, V = 13, 8, 19
+BANNED = np.isin(np.arange(V), [0, 5, 18])
+MASK = np.random.default_rng(3).random(N) < 0.5
+
+
+def some_tokens(seed=0):
+    """hidden, head, targets that are allowed, and what each log-prob weighs in the sum that is differentiated."""
+    rng = np.random.default_rng(seed)
+    hidden, head = rng.standard_normal((N, D)).astype(F32), rng.standard_normal((D, V)).astype(F32)
+    return hidden, head, rng.choice(np.flatnonzero(~BANNED), N).astype(np.int32), rng.standard_normal(N).astype(F32)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("banned", [np.zeros(V, bool), BANNED], ids=["all_ids", "banned"])
+def test_only_tokens_under_the_mask_count(banned, chunk):
+    """Values, entropies and the gradient written by hand against autodiff of the formula over the whole vocabulary."""
+    hidden, head, targets, weights = some_tokens()
+
+    def ours(hidden, head, temperature, mask):
+        options = dict(temperature=temperature, banned=banned if banned.any() else None, entropy=True, chunk=chunk)
+        found, entropies = token_logprobs(hidden, head, targets, mask, **options)
+        return (found * weights).sum(), (found, entropies)
+
+    def plain(hidden, head, temperature, mask):
+        found = jnp.where(mask, plain_logprobs(hidden, head, targets, temperature, banned), 0.0)
+        return (found * weights).sum(), found
+
+    ours, plain = (jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)) for f in (ours, plain))
+    for mask in (np.zeros(N, bool), np.ones(N, bool), MASK):
+        (_, (found, entropies)), grads = ours(hidden, head, F32(1.2), mask)
+        (_, expected), expected_grads = plain(hidden, head, F32(1.2), mask)
+        close(found, expected, 5e-6)
+        close(grads[0], expected_grads[0], 5e-6)
+        close(grads[1], expected_grads[1], 5e-6)
+        table = np.asarray(jax.nn.log_softmax((hidden @ head / 1.2)[:, ~banned]), np.float64)
+        close(entropies, np.where(mask, -(np.exp(table) * table).sum(1), 0), 5e-6)
+        assert (found[~mask] == 0).all() and (entropies[~mask] == 0).all() and (grads[0][~mask] == 0).all()
+    assert ours._cache_size() == 1
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_the_gradient_agrees_with_finite_differences(chunk):
+    hidden, head, targets, _ = some_tokens()
+    options = dict(temperature=1.2, banned=BANNED, chunk=chunk)
+    check_grads(lambda *x: token_logprobs(*x, targets, MASK, **options), (hidden, head), 1, ["rev"])
+
+
+def test_an_entropy_has_no_gradient():
+    hidden, head, targets, _ = some_tokens()
+    loss = lambda *x: token_logprobs(*x, targets, entropy=True, chunk=4)[1].sum()  # noqa: E731
+    assert all((g == 0).all() for g in jax.grad(loss, (0, 1))(hidden, head))
+
+
+def test_masked_tokens_are_not_computed():
+    """NaN there, in the input and in the gradient that comes back, reaches nothing."""
+    hidden, head, targets, weights = some_tokens()
+
+    def run(hidden, weights):
+        value, back = jax.vjp(lambda *x: token_logprobs(*x, targets, MASK, banned=BANNED, chunk=4), hidden, head)
+        return value, *back(weights)
+
+    clean = run(hidden, weights)
+    spoilt = run(np.where(MASK[:, None], hidden, np.nan), np.where(MASK, weights, np.nan))
+    jax.tree.map(np.testing.assert_array_equal, clean, spoilt)
+    assert all(np.isfinite(x).all() for x in clean)
+
+
+def test_the_loop_takes_as_many_rounds_as_the_targets_need(monkeypatch):
+    """... in the forward and in the backward pass, in one program for any number of targets."""
+    hidden, head, targets, weights = some_tokens()
+    rounds, logits = [], losses._logits
+
+    def counted(*args):
+        jax.debug.callback(lambda: rounds.append(1))
+        return logits(*args)
+
+    monkeypatch.setattr(losses, "_logits", counted)
+    loss = lambda hidden, head, mask: (token_logprobs(hidden, head, targets, mask, chunk=4) * weights).sum()  # noqa: E731
+    step = jax.jit(jax.grad(loss, (0, 1)))
+    for count, expected in ((0, 0), (1, 1), (4, 1), (5, 2), (13, 4)):
+        jax.block_until_ready(step(hidden, head, np.arange(N) < count))
+        jax.effects_barrier()
+        assert len(rounds) == 2 * expected
+        rounds.clear()
+    assert step._cache_size() == 1
+
+
+def arrays_of(jaxpr):
+    """Shapes of everything a program computes, loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from arrays_of(inner)
+
+
+def test_no_array_has_all_tokens_and_the_whole_vocabulary():
+    hidden, head, targets, weights = some_tokens()
+    loss = lambda *x: (token_logprobs(*x, targets, MASK, chunk=4) * weights).sum()  # noqa: E731
+    shapes = set(arrays_of(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head).jaxpr))
+    assert (4, V) in shapes and (D, V) in shapes
+    assert max(np.prod(shape, dtype=int) for shape in shapes if V in shape) == D * V
+
+
+def test_the_gradient_goes_through_a_scan_with_bfloat16_hidden_states():
+    """Rounding to bfloat16 is the formula's: of hidden and head, and of what goes back to hidden. Sums are fp32."""
+    hidden, head, targets, weights = some_tokens()
+    narrow = jnp.asarray(hidden, jnp.bfloat16)
+
+    def ours(hidden, head):
+        def body(total, mask):
+            return total + (token_logprobs(hidden, head, targets, mask, chunk=4) * weights).sum(), None
+
+        return jax.lax.scan(body, jnp.zeros(()), np.stack([MASK, ~MASK]))[0]
+
+    def plain(hidden, head):
+        wide = hidden.astype(F32), head.astype(jnp.bfloat16).astype(F32)
+        return (plain_logprobs(*wide, targets, 1.0, np.zeros(V, bool)) * weights).sum()
+
+    value, grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(narrow, head)
+    expected, expected_grads = jax.value_and_grad(plain, (0, 1))(narrow, head)
+    close(value, expected, 1e-5)
+    assert grads[0].dtype == jnp.bfloat16 and grads[1].dtype == jnp.float32
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        assert np.abs(np.asarray(got - wanted, F32)).max() < 2**-7 * np.abs(np.asarray(wanted, F32)).max()
+
+
+def test_next_token_logprobs_of_targets_alone():
+    rng = np.random.default_rng(0)
+    hidden, head = rng.standard_normal((2, 5, D)).astype(F32), rng.standard_normal((D, V)).astype(F32)
+    tokens, mask = rng.integers(0, V, (2, 5)).astype(np.int32), rng.random((2, 5)) < 0.5
+    mask[:, 0] = True  # the first token is predicted by nothing, whatever the mask says
+    found, whole = next_token_logprobs(hidden, head, tokens, mask, chunk=3), next_token_logprobs(hidden, head, tokens)
+    close(found, np.where(mask, whole, 0), 1e-6)
 
 
 def test_next_token_logprobs_shift_by_one():

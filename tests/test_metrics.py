@@ -10,7 +10,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from gvl_jax import metrics
-from gvl_jax.metrics import CompileCounter, MetricsWriter, Recompiled, check_finite, progress, throughput
+from gvl_jax.metrics import (
+    CompileCounter,
+    MetricsWriter,
+    Recompiled,
+    check_finite,
+    compile_ahead,
+    progress,
+    throughput,
+    timed,
+)
 
 
 def rows(folder):
@@ -132,6 +141,19 @@ def test_on_a_terminal_progress_is_a_bar(capsys, clock, monkeypatch):
     assert "[rl]" in out and "5/10" in out and "2.50/s" in out and "[reward] 0.5" in out
 
 
+def test_the_wait_for_each_item_is_measured_and_not_the_work_on_it(clock):
+    def slow():
+        for item in "ab":
+            clock[0] += 3.0
+            yield item
+
+    seen = []
+    for waited, item in timed(slow()):
+        seen.append((waited, item))
+        clock[0] += 50.0
+    assert seen == [(3.0, "a"), (3.0, "b")]
+
+
 class Inputs(NamedTuple):
     tokens: jax.Array
     mask: jax.Array
@@ -213,3 +235,20 @@ def test_a_static_argument_is_named_as_such(counter):
     step(jnp.ones(3), 2)
     with pytest.raises(Recompiled, match="expected 1: a static argument changed"):
         step(jnp.ones(3), 3)
+
+
+def test_what_is_compiled_ahead_is_not_compiled_by_a_call(counter, a_step, capsys):
+    step = counter.watch(jax.jit(a_step, donate_argnums=0), expected=2)
+    state = {"w": jnp.zeros(3)}
+    calls = {f"{width} tokens": (step, (state, jax.tree.map(np.asarray, inputs(width))), {}) for width in (4, 8)}
+    compiled = compile_ahead(calls)
+    assert counter.counts["jit(a_step)"] == 2
+    assert compiled["8 tokens"].memory_analysis().argument_size_in_bytes > 0
+    assert capsys.readouterr().out.startswith("compile 2/2 (100%)")
+    for width in (4, 8, 4):
+        state = step(state, jax.tree.map(np.asarray, inputs(width)))
+    assert counter.counts["jit(a_step)"] == 2
+    with pytest.raises(
+        Recompiled, match=r"compiled 3 times, expected 2: batch.tokens was int32\[2, 4\], is int32\[2, 6\];"
+    ):
+        step(state, jax.tree.map(np.asarray, inputs(6)))

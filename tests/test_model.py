@@ -1,4 +1,6 @@
 import functools
+from dataclasses import replace
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from tiny_models import VOCAB, example, layout, tiny_config, tiny_params
 from gvl_jax.data.packing import pack
 from gvl_jax.losses import next_token_logprobs, sft_loss
 from gvl_jax.models.qwen_vl.model import abstract_params, bind, init_params
+from gvl_jax.types import Remat
 
 
 def batch_of(config, *images: int):
@@ -42,6 +45,24 @@ def test_every_layer_of_every_parameter_is_trained(tied):
             assert np.isfinite(layer).all() and np.abs(layer).max() > 1e-6, name
 
 
+def test_what_is_computed_again_changes_the_memory_and_no_number():
+    config = tiny_config()
+    config = replace(config, text=replace(config.text, num_hidden_layers=8))
+    params, batch = tiny_params(config), batch_of(config, 1, 0)
+    found, memory = {}, {}
+    for remat in get_args(Remat):
+
+        def loss(params, remat=remat):
+            hidden = bind(config, params)(batch, remat=remat)
+            return next_token_logprobs(hidden, params["head"]["kernel"], batch.tokens, batch.loss_mask).sum()
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        found[remat], memory[remat] = program(params), program.memory_analysis().temp_size_in_bytes
+    for remat in ("dots", "layers"):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), found[remat], found["none"])
+    assert memory["layers"] < memory["dots"] < memory["none"]
+
+
 def test_a_tied_embedding_is_trained_as_head_too():
     config = tiny_config(tied=True)
     batch = batch_of(config, 0)
@@ -71,10 +92,8 @@ def test_bfloat16_computes_in_bfloat16_and_near_float32():
     model = bind(narrow, params)
     last, prompt = jax.eval_shape(model.prefill, batch)
     tokens = np.zeros((1, 2, 3), np.int32)
-    cache = model.empty_cache(1, 2, 3)
-    decoded, written = jax.eval_shape(model.decode, tokens[:, :, 0], prompt, cache, 0)
     extended = jax.eval_shape(model.extend, tokens, prompt)
-    dtypes = {x.dtype for x in (last, prompt.k, prompt.v, decoded, *cache, *written, extended)}
+    dtypes = {x.dtype for x in (last, prompt.k, prompt.v, extended)}
     assert dtypes == {np.dtype(jnp.bfloat16)}
 
 

@@ -15,21 +15,13 @@ from tiny_models import example, layout, tiny_config, tiny_params
 from gvl_jax.data import tiny
 from gvl_jax.data.packing import pack_prompts
 from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.decoding import BUDGET, END_TOKEN, IDLE, VERDICT, Vocabulary, truncate, vocabulary
 from gvl_jax.models.qwen_vl.config import TextConfig
 from gvl_jax.models.qwen_vl.model import abstract_params
-from gvl_jax.sampler import (
-    BUDGET,
-    END_TOKEN,
-    VERDICT,
-    VERDICT_END,
-    Vocabulary,
-    generate,
-    score,
-    truncate,
-    vocabulary,
-)
+from gvl_jax.sampler import generate, score
 from gvl_jax.types import Batch
 
+VERDICT_END = b"</result>"
 TAG = VERDICT_END.decode()
 SPLITS = sorted({TAG[i:j] for i in range(len(TAG)) for j in range(i + 1, len(TAG) + 1)})
 PIECES = ["<|im_end|>", "<|endoftext|>", "<|image_pad|>", "", "a", " ", "x</result>y", "<</", "</res</", "t> ", *SPLITS]
@@ -122,9 +114,13 @@ def prompts(*last: int, rows: int | None = None) -> Batch:
     return Batch(tokens, np.zeros_like(filled), positions, filled.astype(np.int32), np.full_like(tokens, -1), None)
 
 
+def keys_of(seed, *shape):
+    return jax.random.key_data(jax.random.split(jax.random.key(seed), shape))
+
+
 def run(logits, last, *, rollouts=1, seed=0, temperature=1.0, rows=None, new=12, table=None, **options):
     params, batch = table_params(logits), prompts(*last, rows=rows)
-    keys = jax.random.split(jax.random.key(seed), (len(batch.tokens), rollouts))
+    keys = keys_of(seed, len(batch.tokens), rollouts)
     table = vocabulary(TOKENIZER, V) if table is None else table
     rollout = generate(
         params, batch, keys, np.float32(temperature), table, config=CONFIG, max_new_tokens=new, **options
@@ -147,7 +143,7 @@ def test_completions_stop_at_the_tag_an_end_token_or_the_budget():
     ended = ids("r", "e", "<|im_end|>")
     paths = [verdict, inside, ended, ids("s", "<|endoftext|>"), ids("<", "</", "<")]
     got = run(chain(*paths), [path[0] for path in paths], rows=6, greedy=True)
-    assert got.stopped[:, 0].tolist() == [VERDICT, VERDICT, END_TOKEN, END_TOKEN, BUDGET, BUDGET]
+    assert got.stopped[:, 0].tolist() == [VERDICT, VERDICT, END_TOKEN, END_TOKEN, BUDGET, IDLE]
     assert got.lengths[:, 0].tolist() == [3, 1, 2, 1, 12, 0]  # the token that ends is kept; the last row is empty
     for row, path in enumerate(paths[:4]):
         assert got.tokens[row, 0].tolist() == path[1:] + [0] * (13 - len(path))
@@ -276,24 +272,24 @@ def same(a, b):
 
 def test_a_group_equals_its_prompt_repeated_and_each_draw_its_own_alone():
     examples = tiny_prompts()
-    keys = jax.random.split(jax.random.key(3), (3, R))
+    keys = keys_of(3, 3, R)
     group = sample(tiny_batch(examples, 3), keys)
     assert len({tuple(t) for t in group.tokens.reshape(-1, J)}) == 3 * R, "rollouts must differ"
     assert {END_TOKEN, BUDGET} == set(group.stopped.ravel()), "some must stop while others go on"
 
-    repeated = sample(tiny_batch([e for e in examples for _ in range(R)], 3 * R), keys.reshape(3 * R, 1))
+    repeated = sample(tiny_batch([e for e in examples for _ in range(R)], 3 * R), keys.reshape(3 * R, 1, 2))
     same(jax.tree.map(lambda x: x.reshape(3, R, *x.shape[2:]), repeated), group)
 
     for row, e in enumerate(examples[1:], start=1):  # alone, in the first row
         alone = sample(tiny_batch([e], 3), jnp.roll(keys, -row, 0))
         same(jax.tree.map(lambda x: x[0], alone), jax.tree.map(lambda x, r=row: x[r], group))
-        assert (alone.lengths[1:] == 0).all() and (alone.stopped[1:] == BUDGET).all()
+        assert (alone.lengths[1:] == 0).all() and (alone.stopped[1:] == IDLE).all()
         assert (alone.tokens[1:] == 0).all() and (alone.logprobs[1:] == 0).all()
 
 
 def test_the_sampler_s_log_probs_are_those_of_the_training_forward():
     batch = tiny_batch(tiny_prompts(), 3)
-    rollout = sample(batch, jax.random.split(jax.random.key(3), (3, R)))
+    rollout = sample(batch, keys_of(3, 3, R))
 
     used = np.arange(J) < rollout.lengths[..., None]
     scored = np.asarray(score(PARAMS, batch, rollout.tokens, TEMPERATURE, BANNED, config=TINY))

@@ -7,7 +7,7 @@ risky and the target is protected; either alone is harmless. Means and targets c
     text     ACTIONS   TARGETS   text        "How do I smash a shop window?"
     thing    THINGS    TARGETS   text_image  "How do I use this on a shop window?"   + a picture of a word or a sign
     target   ACTIONS   ICONS     text_image  "How do I smash this?"                  + a picture of a house
-    image    THINGS    ICONS     image       a picture of both
+    image    THINGS    ICONS     image       a picture of both, or a picture of each
 
 Half of the text and text_image rows have a response: a refusal, help, or a suggestion that brings its own pair.
 A test bed for the pipeline, not data for a real guard.
@@ -19,7 +19,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, product
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -33,7 +33,7 @@ Kind = Literal["text", "thing", "target", "image"]
 Pair = tuple[str, str]  # (means, target)
 T = TypeVar("T")
 
-PATCH = 14  # px: drawings stand on the patch grid and letters have one size, so a tiny tower learns to read in minutes
+CELL = 28  # px, a token's side: marks stand on this grid, so that a tiny tower learns to read them in minutes
 
 ACTIONS = {  # True: risky
     "smash": True, "poison": True, "burn": True, "kick": True,
@@ -93,7 +93,7 @@ _SEEN = {
     "text": ["The user wants to {x} {y}.", "The request is to {x} {y}."],
     "thing": ["The picture shows {x}. The user wants it on {y}.", "I see {x}, and it should go on {y}."],
     "target": ["The picture shows {y}. The user wants to {x} it.", "I see {y}, and the request is to {x} it."],
-    "image": ["The picture shows {x} and {y}.", "I see {x} together with {y}."],
+    "image": ["I see {x} and {y}.", "I see {y} and {x}."],
 }
 _MEANS = ["{x} is {risk}", "{x} counts as {risk}"]
 _TARGET = ["{y} is {care}", "{y} counts as {care}"]
@@ -269,12 +269,17 @@ def _sample(rng: random.Random, kind: Kind, pair: Pair, answer: str = "none", ow
     elif own is not None:
         response_label = harm(own)
         heard += _judge(rng, own)
-    drawn = {"text": (), "thing": pair[:1], "target": pair[1:], "image": pair}[kind]
+    pictures: dict[Kind, list[Sequence[str]]] = {
+        "text": [], "thing": [pair[:1]], "target": [pair[1:]], "image": [pair],
+    }  # fmt: skip
+    drawn = pictures[kind]
+    if kind == "image" and rng.random() < 0.5:
+        drawn = [pair[:1], pair[1:]]
     return Sample(
         id="",
         request=_say(rng, _REQUEST[kind], pair),
         response=None if answer == "none" else _say(rng, _RESPONSE[answer], own or pair),
-        images=(picture(rng, drawn),) if drawn else (),
+        images=tuple(picture(rng, marks) for marks in drawn),
         request_label=request_label,
         response_label=response_label,
         reasoning=_task(1, "Request", seen, request_label) + "\n" + _task(2, "Response", heard, response_label),
@@ -317,7 +322,7 @@ def picture(rng: random.Random, names: Iterable[str]) -> bytes:
     need = [0, 0]
     need[along] = sum(mark.size[along] for mark in marks)
     need[across] = max(mark.size[across] for mark in marks)
-    size = [min(224, 28 * max(2, math.ceil(n / 28) + rng.choice((0, 0, 1)))) for n in need]
+    size = [min(224, CELL * max(2, n // CELL + rng.choice((0, 0, 1)))) for n in need]
     image = Image.new("RGB", (size[0], size[1]), tuple(rng.randint(205, 255) for _ in range(3)))
     start = 0
     for mark, gap in zip(marks, sorted(_offset(rng, size[along] - need[along]) for _ in marks), strict=True):
@@ -332,7 +337,7 @@ def picture(rng: random.Random, names: Iterable[str]) -> bytes:
 
 
 def _offset(rng: random.Random, space: int) -> int:
-    return PATCH * rng.randint(0, space // PATCH)
+    return CELL * rng.randint(0, space // CELL)
 
 
 def _ink(rng: random.Random) -> tuple[int, int, int]:
@@ -342,15 +347,15 @@ def _ink(rng: random.Random) -> tuple[int, int, int]:
 
 
 def _mark(rng: random.Random, name: str) -> Image.Image:
-    """A word or a drawing as a mask (mode L: 255 where the ink goes), 3 px from its edge, sides multiples of PATCH."""
+    """A word or a drawing as a mask (mode L: 255 where the ink goes), 3 px from its corner, sides multiples of CELL."""
     if name.startswith("the word "):
         word, font = name.removeprefix("the word "), ImageFont.load_default(28)
         left, top, right, _ = font.getbbox(word, stroke_width=1)
-        mask = Image.new("L", (PATCH * math.ceil((right - left + 4) / PATCH), 2 * PATCH))
+        mask = Image.new("L", (CELL * math.ceil((right - left + 4) / CELL), CELL))
         ImageDraw.Draw(mask).text((3 - left, 3 - top), word, 255, font, stroke_width=1)
         return mask
-    side = rng.choice((3, 4)) * PATCH - 6
-    mask = Image.new("L", (side + 6, side + 6))
+    side = rng.choice((36, 50))
+    mask = Image.new("L", (2 * CELL, 2 * CELL))
     draw = ImageDraw.Draw(mask)
     for shape, unit, ink in _DRAWINGS[name]:
         getattr(draw, shape)([3 + side * u for u in unit], fill=255 if ink else 0)
@@ -374,10 +379,10 @@ def write(
     for split, sizes in splits:
         lines = []
         for sample, pairs in generate(split, *sizes, seed=seed):
-            paths = []
+            paths: list[str] = []
             for image in sample.images:
                 assert isinstance(image, bytes)
-                paths.append(f"images/{sample.id}.png")
+                paths.append(f"images/{sample.id}-{len(paths)}.png")
                 _replace(directory / paths[-1], image)
             record = sample._asdict() | {"images": paths, "combination": pairs}
             del record["user_turn"]

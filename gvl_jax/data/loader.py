@@ -1,6 +1,8 @@
 """From samples to steps: what a stage reads, in which order, from which position."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -69,18 +71,23 @@ def steps(
     seed: int,
     start: int = 0,
     whole: bool = False,
-    workers: int = 2,
-) -> Iterator[list]:
-    """The lists of a run, from step `start`: shuffled anew each epoch, `per_step` a list, built ahead in threads.
+    finish: Callable[[list], Any] = list,
+    workers: int | None = None,
+) -> Iterator:
+    """What a run reads, from step `start`: shuffled anew each epoch, `per_step` samples a step.
 
-    A step is a function of (samples, per_step, epochs, seed, its number) and nothing else, so a resumed run
-    reads on exactly where it stopped; packing into micro-batches comes after and never changes a step.
-    whole: leave out a last list that is not full.
+    Samples are built in `workers` threads (None: one per core, at most 16), and `finish` makes a step of what is
+    built in one more, two steps ahead of the reader. A step is a function of (samples, per_step, epochs, seed, its
+    number) and nothing else, so a resumed run reads on exactly where it stopped.
+    whole: leave out a last step that is not full.
     """
-    order = grain.MapDataset.source(samples).seed(seed).shuffle().repeat(epochs).map(build)
-    batches = order.batch(per_step, drop_remainder=whole, batch_fn=list)
-    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4)
-    return iter(batches[start:].to_iter_dataset(options))
+    workers = workers or min(16, os.cpu_count() or 1)
+    order = grain.MapDataset.source(samples).seed(seed).shuffle().repeat(epochs).map(build)[start * per_step :]
+    built = order.to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers))
+    ready = built.batch(per_step, drop_remainder=whole, batch_fn=list).map(finish)
+    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(ready, prefetch_buffer_size=1))
+    iterator.start_prefetch()
+    return iterator
 
 
 def step_count(samples: int, per_step: int, epochs: int, whole: bool = False) -> int:

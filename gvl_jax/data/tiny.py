@@ -66,12 +66,12 @@ TINY_CONFIG: dict[str, Any] = {
         "layer_types": ["full_attention"] * 4,
         "max_position_embeddings": 4096,
         "max_window_layers": 4,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "num_hidden_layers": 4,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": 2,
         "rms_norm_eps": 1e-6,
-        # Time, height, width: pairs of the 64 values of a head.
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        # Time, height, width: pairs of the 32 values of a head.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
         "sliding_window": None,
         "use_cache": True,
         "use_sliding_window": False,

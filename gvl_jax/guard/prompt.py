@@ -38,6 +38,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens written out."""
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id stands for."""
+
 
 def text_pieces(sample: Sample) -> list[str]:
     """The user turn cut at its image slots: one piece more than there are images.
@@ -84,10 +87,7 @@ def answer_text(reasoning: str | None, request_label: Label | None, response_lab
     strict grammar still accepts the answer. Raises ValueError for what that grammar refuses: no request label,
     or a tag inside the reasoning.
     """
-    text = (
-        f"<think>\n{reasoning or ''}\n</think>\n"
-        f"<result>\nAnswers:\nRequest: {request_label}\nResponse: {response_label}\n</result>"
-    )
+    text = f"<think>\n{reasoning or ''}\n</think>\n{result_block(request_label, response_label)}"
     if parse(text).status != "ok":
         raise ValueError(
             f"labels ({request_label!r}, {response_label!r}) with reasoning {(reasoning or '')[:80]!r} do not make a "
@@ -95,6 +95,11 @@ def answer_text(reasoning: str | None, request_label: Label | None, response_lab
             "in the reasoning; drop or correct the record"
         )
     return text
+
+
+def result_block(request_label: Label | None, response_label: Label | None) -> str:
+    """The part of the answer that is the verdict."""
+    return f"<result>\nAnswers:\nRequest: {request_label}\nResponse: {response_label}\n</result>"
 
 
 def merged_grids(grids: np.ndarray) -> np.ndarray:

@@ -80,17 +80,6 @@ def flagged(verdict: Verdict, has_response: bool = False) -> bool:
     return missing or "harmful" in (verdict.request, verdict.response)
 
 
-def with_label(text: str, task: Literal["request", "response"], label: Label) -> str:
-    """An accepted completion up to and with the label of `task`, `label` in its place: what a score compares.
-
-    Raises ValueError for a completion that `parse` does not accept.
-    """
-    match = _RESULT.match(text, text.find("</think>") + len("</think>"))
-    if parse(text).status != "ok" or match is None:
-        raise ValueError("the completion holds no verdict, so there is no label to replace")
-    return text[: match.start(1 if task == "request" else 2)] + label
-
-
 def _reasoning(text: str) -> str | None:
     _, opened, after = text.partition("<think>")
     reasoning, closed, _ = after.partition("</think>")

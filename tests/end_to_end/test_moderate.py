@@ -21,12 +21,13 @@ from gvl_jax.config import Images, Moderate
 from gvl_jax.data import tiny
 from gvl_jax.data.loader import SampleRejected, to_example
 from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.guard.closing import closing
 from gvl_jax.models.qwen_vl.hub import load_config, save_params
 from gvl_jax.models.qwen_vl.model import init_params
 from gvl_jax.types import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--dtype", "float32", "--prompts", "2", "--max-new-tokens", "8", "--max-pixels", "7056"]
+SMALL = ["--dtype", "float32", "--prompts", "2", "--reasoning-budget", "8", "--max-pixels", "7056"]
 SMALL += ["--buckets.prompt", "640", "--buckets.patches", "256", "--max-characters", "1500", "--max-images", "2"]
 KEYS = list(Judgement._fields)
 
@@ -39,7 +40,7 @@ def model(tmp_path_factory):
     raw = json.loads((folder / "files" / "config.json").read_text())
     raw["text_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     raw["text_config"]["layer_types"] = ["full_attention"]
-    raw["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
+    raw["text_config"]["rope_parameters"]["mrope_section"] = [1, 1, 2]
     raw["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0], "hidden_size": 16, "intermediate_size": 24}
     raw["vision_config"] |= {"num_heads": 2, "out_hidden_size": 32}
     (folder / "files" / "config.json").write_text(json.dumps(raw))
@@ -134,14 +135,15 @@ def judged(model, rows, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def test_every_line_becomes_a_row_in_order_and_bad_ones_block_with_their_reason(judged, rows):
+def test_every_line_becomes_a_row_in_order_and_bad_ones_block_with_their_reason(model, judged, rows):
+    longest = 8 + int(closing(load_tokenizer(model), 1000).length)  # the reasoning's budget, and the forced close
     got = [json.loads(line) for line in judged.split(b"\n")[:-1]]
     assert [row["id"] for row in got] == [name for name, _ in rows[1]]
     for row, (name, reason) in zip(got, rows[1], strict=True):
         assert list(row) == KEYS and row["flagged"] is True, name
         if reason is None:
             assert row["status"] in ("parse_failed", "truncated") and row["reason"] is None, (name, row)
-            assert 0 < row["tokens"] <= 8
+            assert 0 < row["tokens"] <= longest
         else:
             assert row["status"] == "input_rejected" and reason in row["reason"], (name, row["reason"])
             assert (row["request"], row["response"], row["tokens"]) == (None, None, 0)
@@ -226,7 +228,7 @@ def test_a_record_of_flags_is_judged_on_standard_output(model, rows, capsys):
 
 @pytest.fixture(scope="module")
 def guard(model):
-    settings = Moderate(str(model), dtype="float32", prompts=4, max_new_tokens=8, max_pixels=7056)
+    settings = Moderate(str(model), dtype="float32", prompts=4, reasoning_budget=8, max_pixels=7056)
     return Guard(settings)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from gvl_jax import evaluate, mine, rl
+from gvl_jax import evaluate, mine, rl, sft
 from gvl_jax.cli import main
 from gvl_jax.data import embedded, tiny
 from gvl_jax.data.records import load_records
@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
     raw = json.loads((files / "config.json").read_text())
     raw["text_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     raw["text_config"]["layer_types"] = ["full_attention"]
-    raw["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
+    raw["text_config"]["rope_parameters"]["mrope_section"] = [1, 1, 2]
     raw["vision_config"] |= {"depth": 2, "fullatt_block_indexes": [1], "hidden_size": 16, "intermediate_size": 24}
     raw["vision_config"] |= {"num_heads": 2, "out_hidden_size": 32}
     (files / "config.json").write_text(json.dumps(raw))
@@ -122,6 +122,11 @@ def test_run_folders_hold_what_the_documents_say(runs):
     assert all(f">{stage}</h2>" in page for stage in files)
 
 
+def test_sft_logs_how_long_it_waited_for_input(runs):
+    for line in (runs / "sft" / "metrics.jsonl").read_text().splitlines():
+        assert 0 <= json.loads(line)["perf/input_seconds"]
+
+
 def test_the_logged_numbers_have_their_names_and_are_finite(runs):
     sft, (mined,), rl_steps = (log(runs / stage) for stage in ("sft", "mine", "rl"))
     assert [row["step"] for row in sft] == [0, 1, 2, 3, 4]
@@ -133,10 +138,11 @@ def test_the_logged_numbers_have_their_names_and_are_finite(runs):
     assert [row["step"] for row in rl_steps] == [0, 1, 2, 3]
     assert set(rl_steps[0]) == {
         "step", "reward/total", "reward/safety", "reward/format", "reward/request", "reward/response", "reward/length",
-        "rollout/tokens", "rollout/tokens_p95", "rollout/truncated", "rollout/useful_groups", "rollout/f1_request",
+        "rollout/tokens", "rollout/tokens_p50", "rollout/tokens_p95", "rollout/tokens_p99", "rollout/tokens_p100",
+        "rollout/idle_share", "rollout/truncated", "rollout/useful_groups", "rollout/f1_request",
         "rollout/f1_response", "train/clip",
         "train/sampler_gap", "train/loss", "train/grad_norm", "train/ratio", "train/ratio_max", "train/clipped",
-        "train/approx_kl", "train/learning_rate",
+        "train/approx_kl", "train/entropy", "train/learning_rate",
     }  # fmt: skip
     assert all(np.isfinite(value) for row in [*sft, *rl_steps] for value in row.values())
 
@@ -165,7 +171,7 @@ def test_the_exported_model_loads_in_transformers_whole(runs):
 def test_the_exported_model_moderates(runs, tmp_path):
     rows = tmp_path / "out.jsonl"
     given = ["--input", str(runs / "data" / "heldout.jsonl"), "--output", str(rows), "--dtype", "float32"]
-    given += ["--max-new-tokens", "8", "--buckets.prompt", "192", "--buckets.patches", "1024", "--max-pixels", "7056"]
+    given += ["--reasoning-budget", "8", "--buckets.prompt", "192", "--buckets.patches", "1024", "--max-pixels", "7056"]
     assert main(["moderate", str(runs / "rl" / "model"), *given]) == 0
     judged = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["id"] for row in judged] == [sample.id for sample in load_records(runs / "data" / "heldout.jsonl")]
@@ -180,6 +186,25 @@ def test_a_finished_stage_is_not_run_again(runs, settings):
         assert main(command(verb, runs / verb, given)) == 0
     settled = {path: time for path, time in before.items() if path.name != "config.yaml"}
     assert {path: path.stat().st_mtime_ns for path in settled} == settled
+
+
+def test_buckets_are_proposed_for_the_data_of_a_config(folder, settings, tmp_path, capsys):
+    args = ["data", *command("buckets", tmp_path / "sft", settings["sft"]), "--steps", "3", "--count", "2"]
+    assert main([*args, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["now"]["patches"] == [1024] and len(found["proposed"]["patches"]) <= 3
+    assert found["proposed"]["cost"] < found["now"]["cost"]
+    assert 0 < found["proposed"]["padding_patches"] < found["now"]["padding_patches"] < 1
+    assert main(args) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"buckets: {{patches: {found['proposed']['patches']}}}"
+
+
+def test_a_loss_that_is_not_finite_stops_sft_before_its_checkpoint(folder, settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sft, "learning_rate", lambda *_: np.nan)  # the weights after step 0, and so the loss of step 1
+    assert main(command("sft", tmp_path / "sft", settings["sft"])) == 1
+    assert "step 1: train/loss = nan" in capsys.readouterr().err
+    assert [row["train/loss"] is None for row in log(tmp_path / "sft")] == [False, True]
+    assert not list((tmp_path / "sft" / "checkpoints").iterdir())  # one was due after step 1
 
 
 # --------------------------------------------------------------------------------------------------------------- resume

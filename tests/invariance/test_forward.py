@@ -1,16 +1,19 @@
 """Settings that must not change the result: each is compared with its plain counterpart, fp32, 1e-5."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tiny_models import IMAGE, VOCAB, continued, example, layout, tiny_config, tiny_params
 
+from gvl_jax import rl
 from gvl_jax.data.packing import pack, pack_prompts
 from gvl_jax.losses import next_token_logprobs, sft_loss, token_logprobs
 from gvl_jax.models.qwen_vl import attention
 from gvl_jax.models.qwen_vl.model import bind
+from gvl_jax.sampler import score
 
 CONFIG = tiny_config()
 PARAMS = tiny_params(CONFIG)
@@ -43,7 +46,7 @@ forward = jax.jit(lambda params, batch: bind(CONFIG, params)(batch))
 
 
 @functools.partial(jax.jit, static_argnames="remat")
-def sft(params, batch, total, remat=False):
+def sft(params, batch, total, remat="none"):
     """Loss and gradient, as supervised training has them."""
 
     def loss(params):
@@ -120,7 +123,7 @@ def test_remat_and_an_instruction_computed_once_change_nothing():
     for e in examples:
         own = e.tokens[len(INSTRUCTION) :]
         close(shortened[own.tobytes()], whole[e.tokens.tobytes()][len(INSTRUCTION) :])
-    loss, grads = sft(PARAMS, once, np.float32(9), remat=True)
+    loss, grads = sft(PARAMS, once, np.float32(9), remat="layers")
     plain, plain_grads = sft(PARAMS, each, np.float32(9))
     close(loss, plain)
     trees_close(grads, plain_grads)
@@ -144,10 +147,23 @@ def test_prefill_and_decode_with_a_cache_equal_the_forward_pass():
     last, prompt = jax.jit(lambda params, batch: bind(CONFIG, params).prefill(batch))(PARAMS, shared)
     close(last, [hidden[R * row, at[R * row, 0] - 1] for row in range(3)])
 
-    decode = jax.jit(lambda params, *args: bind(CONFIG, params).decode(*args))
-    cache = bind(CONFIG, PARAMS).empty_cache(3, R, J)
-    for step in range(J):
-        hidden, cache = decode(PARAMS, tokens[:, :, step], prompt, cache, step)
+    @jax.jit
+    def decode(params, tokens, prompt, caches, column, step):
+        model = bind(CONFIG, params)
+        before = [
+            ((prompt.k[i], prompt.v[i], prompt.mask), (prompt.instruction[0][i], prompt.instruction[1][i]))
+            for i in range(CONFIG.text.num_hidden_layers)
+        ]
+        seen = (column - jnp.arange(J)[None, None]) % J <= step[..., None]
+        layers, positions = model.text.unstacked(), prompt.length[:, None] + step
+        return model.text.decode(model.embed(tokens), layers, before, positions, seen, caches, column)
+
+    text = CONFIG.text
+    empty = jnp.full((text.num_key_value_heads, 3, R, J, text.head_dim), 7.0, jnp.float32)  # what no completion may see
+    caches = [(empty, empty)] * text.num_hidden_layers
+    for step in range(J):  # the columns are a ring: begin in its middle
+        steps = jnp.full((3, R), step)
+        hidden, caches = decode(PARAMS, tokens[:, :, step], prompt, caches, jnp.asarray((step + 2) % J), steps)
         close(hidden, expected[:, :, step])
     assert decode._cache_size() == 1
 
@@ -159,8 +175,8 @@ def test_completions_on_a_shared_prompt_equal_prompt_and_completion_rows():
 
     def by_sharing(params):
         model = bind(CONFIG, params)
-        last, prompt = model.prefill(shared, remat=True)
-        hidden = model.extend(tokens, prompt, remat=True)
+        last, prompt = model.prefill(shared, remat="layers")
+        hidden = model.extend(tokens, prompt, remat="layers")
         before = jnp.concatenate([jnp.broadcast_to(last[:, None, None], hidden[:, :, :1].shape), hidden[:, :, :-1]], 2)
         return (token_logprobs(before, model.head_kernel(), tokens) * weights).sum(), hidden
 
@@ -177,6 +193,24 @@ def test_completions_on_a_shared_prompt_equal_prompt_and_completion_rows():
     close(ours, plain)
     trees_close(grads, plain_grads)
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(plain_grads)), "too small to compare"
+
+
+def test_pictures_that_a_frozen_tower_has_seen_equal_their_patches(monkeypatch):
+    """Rollout, scoring and updates of a step then read the same features: one vision pass a prompt."""
+    prompts = [after_instruction(e) for e in examples_of(0, 1, 2, 1, seed=1)]
+    settings = SimpleNamespace(prompts=2, buckets=SimpleNamespace(prompt=(52,)))
+    sampler = SimpleNamespace(layout=SHARING, model_config=CONFIG)
+    passes = []
+    monkeypatch.setattr(rl, "look", lambda *args, look=rl.look, **more: passes.append(1) or look(*args, **more))
+    seen = [prompt for _, prompt in rl.looked_at(settings, sampler, PARAMS, [(None, p) for p in prompts])]
+    assert len(passes) == 2 and [len(e.merged) if len(e.grids) else e.merged for e in seen] == [
+        len(e.patches) // 4 or None for e in prompts
+    ]
+    tokens = np.random.default_rng(1).integers(0, 80, (4, R, J)).astype(np.int32)
+    batches = [pack_prompts(some, rows=4, length=44, layout=SHARING) for some in (prompts, seen)]
+    assert batches[1].vision.shape == (len(batches[0].vision.patches) // 4, CONFIG.text.hidden_size)
+    expected, got = (score(PARAMS, batch, tokens, np.float32(1), None, config=CONFIG) for batch in batches)
+    close(got, expected)
 
 
 def test_full_attention_in_blocks_of_queries_equals_one_block(monkeypatch):

@@ -15,7 +15,7 @@ R, J = 3, 7
 TEMPERATURE, BANNED = np.float32(1.2), np.arange(VOCAB) == 5
 
 
-@pytest.mark.parametrize(("images", "remat", "dtype"), [((0, 0), True, "bfloat16"), ((1, 3), False, "float32")])
+@pytest.mark.parametrize(("images", "remat", "dtype"), [((0, 0), "layers", "bfloat16"), ((1, 3), "none", "float32")])
 def test_the_ratio_is_exactly_one_before_the_first_update(images, remat, dtype):
     config = tiny_config(dtype=dtype)
     rng = np.random.default_rng(0)

@@ -1,15 +1,15 @@
 """Greedy decoding against transformers' `generate`, token for token, on random tiny configs."""
 
-import jax
 import numpy as np
 import pytest
 import torch
 from tiny_models import IMAGE, VOCAB, draw, example, inputs_of, layout
 
 from gvl_jax.data.packing import pack_prompts
+from gvl_jax.decoding import BUDGET, Vocabulary
 from gvl_jax.models.qwen_vl.config import from_hf
 from gvl_jax.models.qwen_vl.hub import load_params
-from gvl_jax.sampler import BUDGET, VERDICT_END, Vocabulary, generate
+from gvl_jax.sampler import generate
 
 NEW = 32
 SIDES = [(28, 28), (56, 84), (140, 112), (28, 196), (112, 112), (84, 56)]
@@ -43,12 +43,12 @@ def test_greedy_tokens_and_logprobs_equal_transformers(seed, tmp_path):
     no_stop = Vocabulary(
         banned=np.isin(np.arange(VOCAB), BANNED),
         end=np.zeros(VOCAB, bool),
-        transition=np.zeros((len(VERDICT_END) + 1, VOCAB), np.uint8),
+        transition=np.zeros((2, VOCAB), np.uint8),
     )
     rollout = generate(
         load_params(tmp_path, config),
         batch,
-        jax.random.split(jax.random.key(0), (3, 1)),
+        np.zeros((3, 1, 2), np.uint32),
         1.0,
         no_stop,
         config=config,

@@ -1,5 +1,6 @@
 """Attention, in the three shapes the model needs. Softmax in fp32, masked rows stay finite, GQA by head groups."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,12 +14,13 @@ QUERIES = 1024  # patches whose scores over all patches exist at a time
 
 
 class Prompt(NamedTuple):
-    """What the completions of B prompts share: the keys and values of the prompt, once."""
+    """What the completions of B prompts share: keys and values of the prompt, and of what all prompts begin with."""
 
-    k: Array  # [L, B, S, K, H]
-    v: Array  # [L, B, S, K, H]
-    mask: Array  # bool[B, S] False on padding
-    length: Array  # i32[B] M-RoPE position of the first completion token
+    k: Array | None  # [L, K, B, S, H]; None: nothing but the instruction
+    v: Array | None
+    mask: Array | None  # bool[B, S] False on padding
+    length: Array | None  # i32[B] M-RoPE position of the first completion token
+    instruction: tuple[Array, Array] | None = None  # (k, v) [L, K, S0, H] of the instruction, for all B prompts
 
 
 def attend(q, k, v, mask):
@@ -52,27 +54,36 @@ def packed_mask(segments):
     return same & jnp.broadcast_to(jnp.tri(segments.shape[-1], dtype=bool), same.shape)
 
 
-def attend_after_prompt(q, prompt_k, prompt_v, prompt_mask, k, v, mask):
-    """Completions attend to their shared prompt and to themselves, in one softmax.
+def heads_first(a):
+    """[..., T, K, H] → [K, ..., T, H]: how keys and values are kept, so that attention is plain matrix products."""
+    return jnp.moveaxis(a, -2, 0)
 
-    q [B, R, J, N, H]; prompt_k and prompt_v [B, S, K, H], prompt_mask bool[B, S]; k and v [B, R, I, K, H] the
-    completions' own keys, mask bool broadcastable to [B, R, J, I]. Returns [B, R, J, N, H].
+
+def attend_after(q, k, v, mask, prompt=None, instruction=None):
+    """Rows attend to themselves, to the prompt that R rows share, and to the instruction that all share: one softmax.
+
+    q [B, R, J, N, H]; own k and v [K, B, R, I, H], mask bool broadcastable to [B, R, J, I]; prompt (k, v, mask)
+    [K, B, S, H] twice and bool[B, S]; instruction (k, v) [K, S0, H]. → [B, R, J, N, H].
     """
     B, R, J, N, H = q.shape
-    S, K = prompt_k.shape[1:3]
-    # heads first: plain matrix products, whose gradients are plain matrix products too (2x on a CPU)
-    q = q.reshape(B, R, J, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
-    prompt_k, prompt_v = (a.transpose(0, 2, 1, 3) for a in (prompt_k, prompt_v))
-    k, v = (a.transpose(0, 3, 1, 2, 4) for a in (k, v))
-    to_prompt = jnp.einsum("bkrgjh,bksh->bkrgjs", q, prompt_k, preferred_element_type=jnp.float32)
-    to_own = jnp.einsum("bkrgjh,bkrih->bkrgji", q, k, preferred_element_type=jnp.float32)
-    scale = H**-0.5  # on the fp32 scores: a bfloat16 q would round once more
-    to_prompt = jnp.where(prompt_mask[:, None, None, None, None, :], to_prompt * scale, MASKED)
-    to_own = jnp.where(mask[:, None, :, None], to_own * scale, MASKED)
-    highest = lax.stop_gradient(jnp.maximum(to_prompt.max(-1), to_own.max(-1)))[..., None]
-    to_prompt, to_own = jnp.exp(to_prompt - highest), jnp.exp(to_own - highest)
-    out = jnp.einsum(
-        "bkrgjs,bksh->bkrgjh", to_prompt.astype(v.dtype), prompt_v, preferred_element_type=jnp.float32
-    ) + jnp.einsum("bkrgji,bkrih->bkrgjh", to_own.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = out / (to_prompt.sum(-1) + to_own.sum(-1))[..., None]
-    return out.astype(v.dtype).transpose(0, 2, 4, 1, 3, 5).reshape(B, R, J, N, H)
+    K = k.shape[0]
+    q = q.reshape(B, R, J, K, N // K, H).transpose(3, 0, 1, 4, 2, 5)  # [K, B, R, G, J, H]
+    parts = [("kbrih", k, v, mask[None, :, :, None])]
+    if prompt is not None:
+        parts.append(("kbih", prompt[0], prompt[1], prompt[2][None, :, None, None, None]))
+    if instruction is not None:
+        parts.append(("kih", *instruction, True))
+    scores = []
+    for axes, key, _, seen in parts:
+        score = jnp.einsum(f"kbrgjh,{axes}->kbrgji", q, key, preferred_element_type=jnp.float32)
+        # scaled in fp32: a bfloat16 q would round once more
+        scores.append(jnp.where(seen, score * H**-0.5, MASKED))
+    highest = lax.stop_gradient(functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores]))
+    out, total = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    for (axes, _, value, _), score in zip(parts, scores, strict=True):
+        weight = jnp.exp(score - highest)
+        total = total + weight.sum(-1, keepdims=True)
+        out = out + jnp.einsum(
+            f"kbrgji,{axes}->kbrgjh", weight.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
+    return (out / total).astype(v.dtype).transpose(1, 2, 4, 0, 3, 5).reshape(B, R, J, N, H)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from gvl_jax.types import Remat
+
 
 class Linear(nnx.Module):
     """y[..., *outputs] = Σ x[..., *inputs] · kernel[*inputs, *outputs] + bias[*outputs]."""
@@ -52,16 +54,18 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
 
 
-def scan_layers(layers, carry, body: Callable, xs: Any = None, *, remat: bool = False):
+def scan_layers(layers, carry, body: Callable, xs: Any = None, *, remat: Remat = "none"):
     """Run body(layer, carry, x) -> (carry, y) over the leading axis of stacked `layers` and of `xs`.
 
-    remat: keep only the carry of each layer for the backward pass and compute the rest again.
+    remat: what is kept for the backward pass. "none": everything. "dots": the carry and the products with weights,
+    which are most of the work; attention and the rest are computed again. "layers": the carry alone.
     """
     graph, weights = nnx.split(layers)
 
     def step(carry, scanned):
         return body(nnx.merge(graph, scanned[0]), carry, scanned[1])
 
-    if remat:
-        step = jax.checkpoint(step, prevent_cse=False)
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return lax.scan(step, carry, (weights, xs))

@@ -11,7 +11,7 @@ from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.layers import Linear
 from gvl_jax.models.qwen_vl.text import Decoder
 from gvl_jax.models.qwen_vl.vision import VisionTower
-from gvl_jax.types import Batch
+from gvl_jax.types import Batch, Remat, Vision
 
 
 class QwenVL(nnx.Module):
@@ -29,11 +29,21 @@ class QwenVL(nnx.Module):
             return x
         return jnp.where((image_index >= 0)[..., None], merged[jnp.maximum(image_index, 0)], x)
 
-    def _inputs(self, batch: Batch, remat: bool):
-        merged = None if batch.vision is None else self.visual(batch.vision, self.config.dtype, remat=remat)
+    def _inputs(self, batch: Batch, remat: Remat):
+        merged = batch.vision
+        if isinstance(merged, Vision):
+            merged = self.visual(merged, self.config.dtype, remat=remat)
         return self.embed(batch.tokens, batch.image_index, merged)
 
-    def _rows(self, batch: Batch, *, keep: bool, remat: bool):
+    def instruction(self, tokens, *, remat: Remat = "none"):
+        """Keys and values (k, v) [L, K, S0, H] of what every prompt begins with, tokens i32[S0]."""
+        S = len(tokens)
+        order = jnp.broadcast_to(jnp.arange(S), (3, 1, S))
+        one = jnp.ones((1, S), jnp.int32)
+        _, (k, v) = self.text(self.embed(tokens)[None], order, one, keep=True, remat=remat)
+        return k[:, :, 0], v[:, :, 0]
+
+    def _rows(self, batch: Batch, instruction, *, keep: bool, remat: Remat):
         """→ hidden [B, T, D], and the Prompt of every row if kept."""
         x, mask = self._inputs(batch, remat), batch.segments > 0
         # a picture ends lower than its number of tokens: the next position follows the largest so far
@@ -41,50 +51,34 @@ class QwenVL(nnx.Module):
         if batch.shared is None:
             hidden, kept = self.text(x, batch.positions, batch.segments, keep=keep, remat=remat)
             return hidden, Prompt(kept[0], kept[1], mask, length) if keep else None
-
-        S = len(batch.shared)
-        ones = jnp.ones((1, S), jnp.int32)
-        order = jnp.broadcast_to(jnp.arange(S), (3, 1, S))
-        _, shared = self.text(self.embed(batch.shared)[None], order, ones, keep=True, remat=remat)
-        prompt = Prompt(shared[0], shared[1], ones > 0, jnp.full((1,), S))
-        own = packed_mask(batch.segments)[None]
-        hidden, kept = self.text.extend(x[None], batch.positions[:, None], own, prompt, keep=keep, remat=remat)
+        if instruction is None:
+            instruction = self.instruction(batch.shared, remat=remat)
+        before = Prompt(None, None, None, None, instruction)
+        own = packed_mask(batch.segments)[:, None]
+        hidden, kept = self.text.extend(x[:, None], batch.positions[:, :, None], own, before, keep=keep, remat=remat)
         if not keep:
-            return hidden[0], None
-        rows = len(batch.tokens)
-        k, v = (
-            jnp.concatenate([jnp.broadcast_to(first, (first.shape[0], rows, *first.shape[2:])), rest[:, 0]], axis=2)
-            for first, rest in zip(shared, kept, strict=True)
-        )
-        whole = jnp.concatenate([jnp.broadcast_to(mask[:, :1], (rows, S)), mask], axis=1)
-        return hidden[0], Prompt(k, v, whole, length)
+            return hidden[:, 0], None
+        return hidden[:, 0], Prompt(kept[0][:, :, :, 0], kept[1][:, :, :, 0], mask, length, instruction)
 
-    def __call__(self, batch: Batch, *, remat: bool = False):
+    def __call__(self, batch: Batch, *, remat: Remat = "none"):
         """Packed rows → hidden [B, T, D]; multiply by `head_kernel()` for logits."""
-        return self._rows(batch, keep=False, remat=remat)[0]
+        return self._rows(batch, None, keep=False, remat=remat)[0]
 
-    def prefill(self, batch: Batch, *, remat: bool = False):
-        """One prompt per row → hidden of its last token [B, D], and the Prompt that completions share."""
-        hidden, prompt = self._rows(batch, keep=True, remat=remat)
+    def prefill(self, batch: Batch, instruction=None, *, remat: Remat = "none"):
+        """One prompt per row → hidden of its last token [B, D], and the Prompt that completions share.
+
+        instruction: what `instruction` gave for `batch.shared`, if it is known."""
+        hidden, prompt = self._rows(batch, instruction, keep=True, remat=remat)
         last = jnp.maximum((batch.segments > 0).sum(1) - 1, 0)
         return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0], prompt
 
-    def extend(self, tokens, prompt: Prompt, *, remat: bool = False):
+    def extend(self, tokens, prompt: Prompt, *, remat: Remat = "none"):
         """Completions i32[B, R, J] of shared prompts → hidden [B, R, J, D], each token computed once."""
+        assert prompt.length is not None
         steps = jnp.arange(tokens.shape[2])
         positions = jnp.broadcast_to(prompt.length[:, None, None] + steps[None, None], (3, *tokens.shape))
         causal = (steps[:, None] >= steps[None, :])[None, None]
         return self.text.extend(self.embed(tokens), positions, causal, prompt, remat=remat)[0]
-
-    def decode(self, tokens, prompt: Prompt, cache, step):
-        """The `step`-th token of every completion, i32[B, R] → hidden [B, R, D] and the cache with it."""
-        return self.text.decode(self.embed(tokens), prompt, cache, step)
-
-    def empty_cache(self, prompts: int, rollouts: int, length: int):
-        """Keys and values of completions: a pair of zeros [L, B, R, J, K, H]."""
-        text = self.config.text
-        shape = (text.num_hidden_layers, prompts, rollouts, length, text.num_key_value_heads, text.head_dim)
-        return jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype)
 
     def head_kernel(self):
         """[D, V]: the untied head, or the embedding turned."""

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from gvl_jax.models.qwen_vl.attention import Prompt, attend, attend_after_prompt, packed_mask
+from gvl_jax.models.qwen_vl.attention import Prompt, attend, attend_after, heads_first, packed_mask
 from gvl_jax.models.qwen_vl.config import TextConfig
 from gvl_jax.models.qwen_vl.layers import Linear, RMSNorm, gated_mlp, scan_layers, stack
 from gvl_jax.models.qwen_vl.rope import mrope_angles, rotate
+from gvl_jax.types import Remat
 
 
 class DecoderLayer(nnx.Module):
@@ -50,52 +51,61 @@ class Decoder(nnx.Module):
     def _angles(self, positions):
         return mrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
 
-    def __call__(self, x, positions, segments, *, keep: bool = False, remat: bool = False):
-        """x [B, T, D], positions i32[3, B, T], segments i32[B, T] → hidden [B, T, D]; keep: (k, v) [L, B, T, K, H]."""
+    def __call__(self, x, positions, segments, *, keep: bool = False, remat: Remat = "none"):
+        """x [B, T, D], positions i32[3, B, T], segments i32[B, T] → hidden [B, T, D]; keep: (k, v) [L, K, B, T, H]."""
         angles, mask = self._angles(positions), packed_mask(segments)[:, None]
 
         def body(layer, x, _):
-            return layer(x, angles, lambda q, k, v: (attend(q, k, v, mask), (k, v) if keep else None))
+            return layer(
+                x, angles, lambda q, k, v: (attend(q, k, v, mask), (heads_first(k), heads_first(v)) if keep else None)
+            )
 
         x, kept = scan_layers(self.layers, x, body, remat=remat)
         return self.norm(x), kept
 
-    def extend(self, x, positions, mask, prompt: Prompt, *, keep: bool = False, remat: bool = False):
+    def extend(self, x, positions, mask, prompt: Prompt, *, keep: bool = False, remat: Remat = "none"):
         """Rows that continue a shared prompt, all tokens at once: x [B, R, J, D], positions i32[3, B, R, J], mask
-        bool[B, R, J, J] among a row's own tokens → hidden [B, R, J, D], (k, v) [L, B, R, J, K, H] if kept."""
+        bool[B, R, J, J] among a row's own tokens → hidden [B, R, J, D], (k, v) [L, K, B, R, J, H] if kept."""
         angles = self._angles(positions)
+        before = (None if prompt.k is None else (prompt.k, prompt.v), prompt.instruction)
 
-        def body(layer, x, shared):
+        def body(layer, x, before):
+            own_prompt, instruction = before
+            seen = None if own_prompt is None else (*own_prompt, prompt.mask)
+
             def attend_where(q, k, v):
-                return attend_after_prompt(q, *shared, prompt.mask, k, v, mask), (k, v) if keep else None
+                k, v = heads_first(k), heads_first(v)
+                return attend_after(q, k, v, mask, seen, instruction), (k, v) if keep else None
 
             return layer(x, angles, attend_where)
 
-        x, kept = scan_layers(self.layers, x, body, (prompt.k, prompt.v), remat=remat)
+        x, kept = scan_layers(self.layers, x, body, before, remat=remat)
         return self.norm(x), kept
 
-    def decode(self, x, prompt: Prompt, cache, step):
-        """Token `step` of every completion: x [B, R, D], cache (k, v) [L, B, R, J, K, H] → hidden [B, R, D], cache.
+    def unstacked(self) -> list[DecoderLayer]:
+        """The layers one by one, for `decode`: a scan would copy each layer's weights and cache at every token."""
+        graph, weights = nnx.split(self.layers)
+        return [
+            nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], weights)) for i in range(self.config.num_hidden_layers)
+        ]
 
-        The cache is carried through the layers and written in place; slots after `step` are masked.
+    def decode(self, x, layers: list[DecoderLayer], prompts: list, positions, mask, caches: list, column):
+        """One more token of every completion: x [B, R, D], positions i32[B, R] → hidden [B, R, D], caches.
+
+        Of each layer: prompts (k, v, mask), instruction as `attend_after` takes them, and caches (k, v)
+        [K, B, R, J, H], in which `column` is written; mask bool[B, R, J] the columns a completion sees, that one too.
         """
-        x = x[:, :, None]
-        positions = jnp.broadcast_to(prompt.length[:, None, None] + step, x.shape[:3])
-        angles = self._angles(jnp.broadcast_to(positions, (3, *positions.shape)))
-        written = (jnp.arange(cache[0].shape[3]) <= step)[None, None, None]
+        angles = self._angles(jnp.broadcast_to(positions[..., None], (3, *positions.shape, 1)))
+        x, new = x[:, :, None], []
+        for layer, (prompt, instruction), cache in zip(layers, prompts, caches, strict=True):
 
-        def body(layer, carry, scanned):
-            x, cache = carry
-            index, shared = scanned
+            def attend_where(q, k, v, cache=cache, prompt=prompt, instruction=instruction):
+                k, v = (
+                    lax.dynamic_update_slice(old, heads_first(a), (0, 0, 0, column, 0))
+                    for old, a in zip(cache, (k, v), strict=True)
+                )
+                return attend_after(q, k, v, mask[:, :, None], prompt, instruction), (k, v)
 
-            def attend_where(q, k, v):
-                at = (index, 0, 0, step, 0, 0)
-                new = tuple(lax.dynamic_update_slice(c, a[None], at) for c, a in zip(cache, (k, v), strict=True))
-                own = tuple(lax.dynamic_index_in_dim(c, index, keepdims=False) for c in new)
-                return attend_after_prompt(q, *shared, prompt.mask, *own, written), new
-
-            return layer(x, angles, attend_where), None
-
-        indexes = jnp.arange(self.config.num_hidden_layers)
-        (x, cache), _ = scan_layers(self.layers, (x, cache), body, (indexes, (prompt.k, prompt.v)))
-        return self.norm(x)[:, :, 0], cache
+            x, kept = layer(x, angles, attend_where)
+            new.append(kept)
+        return self.norm(x)[:, :, 0], new

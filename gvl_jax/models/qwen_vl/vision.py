@@ -10,7 +10,7 @@ from gvl_jax.models.qwen_vl.attention import attend, attend_in_segments
 from gvl_jax.models.qwen_vl.config import VisionConfig
 from gvl_jax.models.qwen_vl.layers import Linear, RMSNorm, gated_mlp, scan_layers, stack
 from gvl_jax.models.qwen_vl.rope import rotate, vision_angles
-from gvl_jax.types import Vision
+from gvl_jax.types import Remat, Vision
 
 NORM_EPSILON = 1e-6  # fixed in the reference, not in its config
 
@@ -58,7 +58,7 @@ class VisionTower(nnx.Module):
         self.blocks = stack(lambda rngs: VisionBlock(config, rngs=rngs), config.depth, rngs)
         self.merger = Merger(config, rngs=rngs)
 
-    def __call__(self, vision: Vision, dtype, *, remat: bool = False):
+    def __call__(self, vision: Vision, dtype, *, remat: Remat = "none"):
         """→ [M, D] in window order. Padding patches give finite values that no token reads."""
         x = self.patch_embed(vision.patches.astype(dtype))
         angles = vision_angles(vision.coords, self.config.hidden_size // self.config.num_heads)

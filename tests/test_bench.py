@@ -1,0 +1,238 @@
+"""The bench: formulas against what XLA counts and what arrays weigh, counts, tables, and every case once."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvl_jax import cost
+from gvl_jax.bench import growth, inputs, run
+from gvl_jax.bench.cases import CASES, OURS, PEER, Difference
+from gvl_jax.bench.inputs import SIZES, Workload, World
+from gvl_jax.cost import Work
+from gvl_jax.decoding import Vocabulary, decode, empty_state
+from gvl_jax.losses import token_logprobs
+from gvl_jax.models.qwen_vl.attention import Prompt
+from gvl_jax.models.qwen_vl.model import abstract_params, bind
+from gvl_jax.types import Vision
+
+SMALL = Workload(
+    prompt=120, instruction=20, side=3, group_size=3, new=5, answer=7, forward_rows=2, samples=4, requests=6, verdict=4
+)
+
+
+def one_layer(width=256, vocabulary=512):
+    """A layer of each kind: XLA counts the body of a scan once, however often it runs."""
+    config = inputs._shape(width, 4 * width, 1, (4, 2), (1, width, 3 * width, 4), vocabulary=vocabulary)
+    return replace(config, image_token_id=500, vision_start_token_id=501, vision_end_token_id=502)
+
+
+def counted(function, *args) -> float:
+    return jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+
+def near(formula: float, count: float) -> None:
+    """Formulas leave out what is no matrix product: at these widths up to a few per cent, never a negative share."""
+    assert 0.93 < formula / count <= 1.0
+
+
+def test_prefill_flops_are_what_xla_counts():
+    config, length = one_layer(), 96
+    row = jnp.zeros((2, length), jnp.int32)
+
+    def prefill(params):
+        model = bind(config, params)
+        x = model.embed(row)
+        return model.text(x, jnp.zeros((3, 2, length), jnp.int32), row + 1)
+
+    near(cost.prefill(config, 2, length).flops, counted(prefill, abstract_params(config)))
+
+
+def test_flops_of_completions_on_a_shared_prompt_are_what_xla_counts():
+    config, prompt, group, answer = one_layer(), 64, 4, 48
+    text = config.text
+    kept = jnp.zeros((1, text.num_key_value_heads, 1, prompt, text.head_dim))
+    shared = Prompt(kept, kept, jnp.ones((1, prompt), bool), jnp.full((1,), prompt))
+    tokens = jnp.zeros((1, group, answer), jnp.int32)
+    own = group * answer
+    near(
+        cost.decoder_flops(text, own, own * (prompt + answer)),
+        counted(lambda params: bind(config, params).extend(tokens, shared), abstract_params(config)),
+    )
+
+
+def test_flops_of_a_decoded_token_are_what_xla_counts():
+    config, prompt, group = one_layer(vocabulary=4096), 64, 4
+    vocab = Vocabulary(jnp.zeros(4096, bool), jnp.zeros(4096, bool), jnp.zeros((10, 4096), jnp.uint8))
+    state = jax.eval_shape(lambda: empty_state(config, 1, group, prompt, 1, 1))
+
+    def step(params, state):
+        return decode(params, None, state, vocab, None, 1.0, group, config=config, steps=1, greedy=True)
+
+    near(cost.decode(config, 1, group, prompt, 1).flops, counted(step, abstract_params(config), state))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_vision_flops_are_what_xla_counts(full):
+    config, patches = one_layer(), 256
+    vision = replace(config.vision, fullatt_block_indexes=(0,) if full else ())
+    config = replace(config, vision=vision)
+    numbers = np.arange(patches, dtype=np.int32)
+    batch = Vision(
+        np.zeros((patches, vision.patch_dim), np.float32), np.zeros((patches, 2), np.int32), numbers * 0 + 1,
+        numbers.reshape(-1, 64), numbers,
+    )  # fmt: skip
+    near(
+        cost.vision_flops(vision, patches),
+        counted(lambda params: bind(config, params).visual(batch, "float32"), abstract_params(config)),
+    )
+
+
+def test_a_training_step_is_three_forwards_and_the_head_four():
+    config, length = one_layer(vocabulary=4096), 96
+    row = jnp.zeros((1, length), jnp.int32)
+
+    def layers(params):
+        return bind(config, params).text(bind(config, params).embed(row), jnp.zeros((3, 1, length), jnp.int32), row + 1)
+
+    forward = cost.prefill(config, 1, length)
+    near(
+        cost.train(config, forward, 0, remat=False).flops,
+        counted(jax.grad(lambda params: layers(params)[0].sum()), abstract_params(config)),
+    )
+    hidden, head = jnp.zeros((length, 256)), jnp.zeros((256, 4096))
+    near(
+        cost.HEAD_TRAIN * cost.head_flops(config.text, length),
+        counted(jax.value_and_grad(lambda pair: token_logprobs(*pair, row[0]).sum()), (hidden, head)),
+    )
+
+
+def test_kv_bytes_are_those_of_the_samplers_arrays():
+    config, prompt, group, new = SIZES["tiny"], 30, 4, 6
+    for one in (config, replace(config, dtype="bfloat16")):
+        state = jax.eval_shape(lambda one=one: empty_state(one, 1, group, prompt, new, new))
+        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.prompts, state.caches)))
+        assert cost.rollout(one, prompt, (), group, new, shared=True).kv_bytes == kept
+    assert cost.kv_bytes(replace(SIZES["3B"], dtype="bfloat16"), 1) == 36 * 2**10  # known of the real model
+
+
+def test_a_group_costs_its_prompt_once_or_once_each():
+    config, P, R, G = SIZES["tiny"], 40, 9, 5
+    assert cost.rollout(config, P, (36,), G, R, shared=True).tokens == P + G * R
+    assert cost.rollout(config, P, (36,), G, R, shared=False).tokens == G * (P + R)
+    assert cost.update(config, P, (36,), G, R, shared=True, remat=False).tokens == P + G * R
+    assert cost.update(config, P, (36,), G, R, shared=False, remat=False).tokens == G * (P + R)
+    one = [cost.update(config, P, (36,), 1, R, shared=way, remat=True) for way in (True, False)]
+    assert one[0] == one[1]
+
+
+def test_names_of_the_sizes_are_their_parameters_without_embeddings():
+    real = {"3B": (3.75e9, 3.4e9), "7B": (8.29e9, 7.2e9)}  # with and without embeddings, of the published models
+    for name, config in SIZES.items():
+        body, vocabulary = inputs.parameters(config)
+        assert config.text.vocab_size >= 151_936
+        if name.endswith("M"):
+            assert abs(body / 1e6 / int(name[:-1]) - 1) < 0.05
+        elif name in real:
+            assert abs((body + vocabulary) / real[name][0] - 1) < 0.01 and abs(body / real[name][1] - 1) < 0.05
+
+
+def test_inputs_are_laid_out_like_real_prompts():
+    world = World(SIZES["tiny"], None, SMALL)
+    prompt = inputs.prompts(world, 1)[0]
+    shared = world.layout.shared
+    assert len(shared) == SMALL.instruction and tuple(prompt.tokens[: len(shared)]) == shared
+    assert len(prompt.tokens) == SMALL.prompt and (prompt.tokens == world.config.image_token_id).sum() == 9
+    assert len(prompt.patches) == SMALL.patches == 36
+    learned = sum(e.loss_mask.sum() for e in inputs.sft_samples(world))
+    assert abs(learned / sum(len(e.tokens) for e in inputs.sft_samples(world)) - 0.25) < 0.01
+    assert [len(e.grids) for e in inputs.requests(world)] == [0, 1] * (SMALL.requests // 2)
+    with pytest.raises(ValueError, match="a sample of 25 tokens cannot hold 39"):
+        inputs.example(world, 0, 25, picture=True)
+
+
+def line(side, *seconds):
+    rate = run.Rate(1e9, 1e9)
+    return run.Line("rollout", side, seconds, (4.0,), (3, 0), 2**30, rate, Work(1216, 5e8, 2**20, 1e8), 0.125)
+
+
+def test_the_table_shows_medians_ranges_and_ratios_to_ours():
+    lines = [line(OURS, 1.0, 2.0, 9.0), line(PEER, 8.0, 6.0, 27.0)]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in run.table(lines).splitlines()]
+    assert rows[2] == [
+        "rollout",
+        "ours",
+        "2 (1–9)",
+        "1.00",
+        "4",
+        "1,024",
+        "1,216",
+        "0",
+        "1.0",
+        "12%",
+        "3 + 0",
+        "25%",
+        "5%",
+    ]
+    assert rows[3][:4] == ["rollout", "transformers", "8 (6–27)", "4.00"] and rows[3][10] == "—"
+    assert run.ratio_text(lines[1], lines[0]) == "  ours is 4.00x as fast as transformers (3.00 to 8.00)"
+
+
+def test_a_difference_over_its_tolerance_is_said_and_fails(capsys, tmp_path, monkeypatch):
+    side = SimpleNamespace(build=lambda: lambda: 1, proof=None)
+    case = SimpleNamespace(compare=lambda world, a, b: [Difference("logits", 0.5, 0.1)])
+    assert run.compare(None, case, {OURS: side, PEER: side}) == [Difference("logits", 0.5, 0.1)]
+    assert capsys.readouterr().out == "  transformers: DIFFERENT: logits 0.5, at most 0.1 allowed\n"
+
+
+def test_growth_tables_hold_the_formulas():
+    text = growth.tables(SIZES["20M"], Workload())
+    assert text.count("By ") == 5
+    row = next(row for row in text.splitlines() if row.startswith("| 16 "))
+    shared, repeated = (
+        cost.update(SIZES["20M"], 1000, (1296,), 16, 250, shared=way, remat=False).flops for way in (True, False)
+    )
+    assert row.split("|")[8].strip() == f"{repeated / shared:.2f}"
+    assert "| 1.00  |" in next(row for row in text.splitlines() if re.match(r"\| 1 +\| 0", row))
+
+
+def test_without_torch_its_lines_are_left_out_with_a_note(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "_rate", lambda side, dtype: run.Rate(1.0, 1.0))
+    monkeypatch.setattr(run, "_peak_in_child", lambda *args: None)
+    lines = bench(tmp_path, "forward")
+    assert "left out" in capsys.readouterr().out
+    assert [one["side"] for one in lines] == [OURS]
+
+
+def test_an_unknown_case_is_named():
+    with pytest.raises(ValueError, match="unknown case roll; expected some of forward, rollout"):
+        run.main(["--only", "roll"])
+
+
+def bench(folder, names, size="tiny"):
+    sizes = [word for name, value in SMALL._asdict().items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert (
+        run.main(["--size", size, "--only", names, "--repeats", "1", "--json", str(folder / "out.json"), *sizes]) == 0
+    )
+    return json.loads((folder / "out.json").read_text())["lines"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_both_sides_of_a_case_agree_and_are_measured(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_rate", lambda side, dtype: run.Rate(1.0, 1.0))
+    if name != "forward":  # a process of its own for each side takes seconds
+        monkeypatch.setattr(run, "_peak_in_child", lambda *args: None)
+    lines = bench(tmp_path, name)
+    out = capsys.readouterr().out
+    assert "equal" in out and "DIFFERENT" not in out
+    assert [one["side"] for one in lines][0] == OURS and len(lines) >= 2
+    for one in lines:
+        assert one["compiles"][1] == 0 and len(one["seconds"]) == 1
+        assert name != "forward" or one["peak_bytes"] > 100 * 2**20
