@@ -1,7 +1,7 @@
 """`gvl bench`: this package against transformers, and against its own plain path, on one machine in one run.
 
 Both sides load the same weights from disk and get the same inputs in the same dtype. Their results are compared
-first. Then they take turns, so that a busy machine slows both. Peak memory is that of a process of its own per side.
+first. Then they take turns. Peak memory is that of a process of its own per side.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Line(NamedTuple):
     case: str
     side: str
     seconds: tuple[float, ...]  # every repetition
-    cpu_seconds: tuple[float, ...]  # of all threads: what a busy machine changes less
+    cpu_seconds: tuple[float, ...]  # of all threads, waiting in a loop included
     compiles: tuple[int, int]  # before the first repetition had finished, and after
     peak_bytes: int | None
     rate: Rate
