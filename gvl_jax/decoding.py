@@ -14,7 +14,6 @@ import numpy as np
 from jax import lax
 
 from gvl_jax.guard.closing import Closing
-from gvl_jax.models.qwen_vl.attention import Prompt
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.model import bind
 from gvl_jax.types import Array, Batch
@@ -110,22 +109,34 @@ def instruction(params, tokens, *, config: QwenVLConfig):
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def prefill(params, batch: Batch, shared=None, *, config: QwenVLConfig):
-    """One prompt a row → (hidden of its last token [B, D], Prompt). shared: what `instruction` gave."""
-    return bind(config, params).prefill(batch, shared)
+    """Packed prompts → (hidden [B, T, D], keys and values [L, K, B, T, H]). shared: what `instruction` gave."""
+    hidden, prompt = bind(config, params).rows(batch, shared, keep=True)
+    return hidden, (prompt.k, prompt.v)
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def insert(state: State, rows, first, prompt: Prompt) -> State:
-    """Put prompts into `rows` i32[F]; a row that is not there (B) is passed over."""
-    assert prompt.k is not None and prompt.v is not None
+def insert(state: State, rows, starts, lengths, positions, hidden, kept) -> State:
+    """Put F prompts into `rows` i32[F]; a row that is not there (B) is passed over.
+
+    starts i32[F]: where they begin in what `prefill` gave, whose rows lie end to end; lengths i32[F] of them;
+    positions i32[F]: M-RoPE of what follows.
+    """
+    S = state.prompt_mask.shape[1]
+    order = jnp.arange(S)[None]
+    places = jnp.minimum(starts[:, None] + order, hidden.shape[0] * hidden.shape[1] - 1)
+
+    def put(old, new):
+        flat = new.reshape(new.shape[0], -1, new.shape[-1])  # [K, B · T, H]
+        return old.at[:, rows].set(flat[:, places], mode="drop")
+
+    last = hidden.reshape(-1, hidden.shape[-1])[starts + lengths - 1]
     return state._replace(
         prompts=tuple(
-            (k.at[:, rows].set(prompt.k[i], mode="drop"), v.at[:, rows].set(prompt.v[i], mode="drop"))
-            for i, (k, v) in enumerate(state.prompts)
+            tuple(put(old, new[i]) for old, new in zip(pair, kept, strict=True)) for i, pair in enumerate(state.prompts)
         ),
-        prompt_mask=state.prompt_mask.at[rows].set(prompt.mask, mode="drop"),
-        prompt_length=state.prompt_length.at[rows].set(prompt.length, mode="drop"),
-        first=state.first.at[rows].set(first, mode="drop"),
+        prompt_mask=state.prompt_mask.at[rows].set(order < lengths[:, None], mode="drop"),
+        prompt_length=state.prompt_length.at[rows].set(positions, mode="drop"),
+        first=state.first.at[rows].set(last, mode="drop"),
     )
 
 

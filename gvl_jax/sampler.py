@@ -5,19 +5,19 @@ What is compiled stands in `decoding`; `Sampler` feeds it prompts of any length 
 
 import functools
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gvl_jax.config import Buckets, Sampling
-from gvl_jax.data.packing import Layout, batch_prompts
+from gvl_jax.data.packing import Layout, Place, pack_queue
 from gvl_jax.decoding import (
     BUDGET,
     CUT,
     RUNNING,
+    State,
     Vocabulary,
     begin,
     decode,
@@ -56,11 +56,14 @@ def generate(
     keys: u32[B, R, 2], see `completion_keys`. Empty rows (segment 0) stay empty.
     """
     B, R = keys.shape[:2]
+    S = batch.tokens.shape[1]
     shared = None if batch.shared is None else instruction(params, batch.shared, config=config)
-    first, prompt = prefill(params, batch, shared, config=config)
-    state = empty_state(config, B, R, batch.tokens.shape[1], max_new_tokens, max_new_tokens)
-    state = insert(state, np.arange(B), first, prompt)
-    fresh = jnp.broadcast_to((jnp.asarray(batch.segments) > 0).any(1)[:, None], (B, R))
+    state = empty_state(config, B, R, S, max_new_tokens, max_new_tokens)
+    mask = np.greater(batch.segments, 0)
+    after = np.where(mask, batch.positions, -1).max((0, 2)) + 1
+    kept = prefill(params, batch, shared, config=config)
+    state = insert(state, np.arange(B), np.arange(B) * S, mask.sum(1), after, *kept)
+    fresh = np.broadcast_to(mask.any(1)[:, None], (B, R))
     nowhere = np.zeros((B, R), np.int32)
     state, _ = decode(
         params, shared, begin(state, fresh, keys, nowhere, nowhere), vocab, None, temperature, np.int32(B * R),
@@ -149,8 +152,8 @@ class Sampler:
     ) -> Iterator[tuple[list[int], Rollout]]:
         """Completions of all prompts, those that are finished first: (indices of prompts, Rollout of host arrays).
 
-        Prompts wait in the order of their length. One that finishes makes room for the next, so a long answer holds
-        up its own slot alone. The draws of a prompt depend on (seed, step, its name) alone; names default to the
+        Prompts are computed in packed rows. One that finishes makes room for the next, so a long answer holds up its
+        own slot alone. The draws of a prompt depend on (seed, step, its name) alone; names default to the
         indices. has_response, fast: for the forced close; fast: no reasoning, the labels and nothing else.
         """
         self.slot_steps = self.used_steps = 0
@@ -159,31 +162,44 @@ class Sampler:
         if fast:
             assert self.closing is not None
             prompts = [_extended(prompt, self.closing.opening) for prompt in prompts]
-        shared = instruction(params, np.array(self.layout.shared, np.int32), config=self.model_config)
-        few = max(1, self.rows // 4)  # prompts that enter together
-        batches = batch_prompts(prompts, rows=few, lengths=self.buckets.prompt, layout=self.layout)
-        for _, same in groupby(batches, lambda pair: pair[1].tokens.shape[1]):
-            yield from self._refilled(params, shared, same, few, keys, answered, fast)
+        if prompts:
+            yield from self._refilled(params, prompts, keys, answered, fast)
 
-    def _refilled(self, params, shared, batches: Iterator, few: int, keys, answered, fast: bool):
-        """Prompts of one length bucket through the rows."""
+    def _prefilled(self, params, shared, prompts: Sequence[Example], S: int) -> Iterator[tuple]:
+        """Prompts one after the other, computed in packed micro-batches when the first of one is asked for."""
+        for places, batch in pack_queue(prompts, rows=max(1, self.rows // 8), length=S, layout=self.layout):
+            kept = prefill(params, batch, shared, config=self.model_config)
+            for place in places:
+                yield place, kept
+
+    def _refilled(self, params, prompts: Sequence[Example], keys, answered, fast: bool):
         B, group_size, budget = self.rows, keys.shape[1], self.sampling.max_new_tokens
         R = min(self.slots or group_size, group_size)
-        waiting = next(batches)
+        most = max(len(prompt.tokens) for prompt in prompts)
+        bucket = next((size for size in self.buckets.prompt if size >= most), None)
+        if bucket is None:
+            raise ValueError(
+                f"a prompt has {most} tokens, buckets.prompt end at {max(self.buckets.prompt)}; raise them"
+            )
+        S = bucket - len(self.layout.shared)
+        shared = instruction(params, np.array(self.layout.shared, np.int32), config=self.model_config)
+        queue = self._prefilled(params, shared, prompts, S)
+        waiting = next(queue, None)
         J, longest = min(CHUNK, budget), -(-budget // CHUNK) * CHUNK
-        state = empty_state(self.model_config, B, R, waiting[1].tokens.shape[1], J, budget)
+        state = empty_state(self.model_config, B, R, S, J, budget)
         prompt, begun = np.full(B, -1), np.zeros(B, int)  # of a row: whose it is, completions begun
         number, lengths = np.full((B, R), -1), np.zeros((B, R), int)  # of a slot: which completion of its group
         groups: dict[int, list] = {}  # of a prompt: what is finished
         while True:
-            free = np.flatnonzero(prompt < 0)
-            while waiting is not None and len(waiting[0]) <= len(free):
-                indices, batch = waiting
-                rows = np.full(few, B)
-                rows[: len(indices)], free = free[: len(indices)], free[len(indices) :]
-                state = insert(state, rows, *prefill(params, batch, shared, config=self.model_config))
-                prompt[rows[: len(indices)]], begun[rows[: len(indices)]] = indices, 0
-                waiting = next(batches, None)
+            free = list(np.flatnonzero(prompt < 0))
+            while waiting is not None and free:  # those of one micro-batch enter together
+                kept, entering = waiting[1], []
+                while waiting is not None and free and waiting[1] is kept:
+                    entering.append((free.pop(0), waiting[0]))
+                    waiting = next(queue, None)
+                state = self._enter(state, entering, prompts, kept)
+                for row, place in entering:
+                    prompt[row], begun[row] = place.prompt, 0
 
             fresh = np.zeros((B, R), bool)
             for row, slot in zip(*np.nonzero((number < 0) & (prompt >= 0)[:, None]), strict=True):
@@ -226,6 +242,18 @@ class Sampler:
                 finished = [groups.pop(index) for index in indices]
                 prompt[done] = -1
                 yield indices, Rollout(*(np.stack([[one[k] for one in group] for group in finished]) for k in range(5)))
+
+    def _enter(self, state: State, entering: Sequence[tuple[Any, Place]], prompts: Sequence[Example], kept) -> State:
+        """Put prompts into rows, a fixed number at a time: one shape for any number."""
+        few, length = max(1, self.rows // 4), kept[0].shape[1]
+        for first in range(0, len(entering), few):
+            table = np.zeros((4, few), np.int32)
+            table[0], table[2] = self.rows, 1
+            for column, (row, place) in enumerate(entering[first : first + few]):
+                after = prompts[place.prompt].positions.max() + 1
+                table[:, column] = row, place.row * length + place.start, place.length, after
+            state = insert(state, *table, *kept)
+        return state
 
     def texts(self, rollout: Rollout) -> list[list[str]]:
         """The completions' text [B][R], without the end token."""

@@ -118,6 +118,30 @@ def batch_prompts(
             yield indices, pack_prompts(chosen_prompts, rows=rows, length=own, layout=layout)
 
 
+class Place(NamedTuple):
+    """Where a prompt stands in packed rows."""
+
+    prompt: int  # its number
+    row: int
+    start: int
+    length: int  # its tokens there, without the instruction
+
+
+def pack_queue(
+    prompts: Sequence[Example], *, rows: int, length: int, layout: Layout
+) -> Iterator[tuple[list[Place], Batch]]:
+    """Prompts in packed rows, as `pack` does it: micro-batches of shape [rows, length] and where each prompt stands."""
+    own = [_without_shared(prompt, layout) for prompt in prompts]
+    for members in assign(own, rows=rows, length=length, layout=layout):
+        places = []
+        for row, indices in enumerate(members):
+            start = 0
+            for index in indices:
+                places.append(Place(index, row, start, len(own[index].tokens)))
+                start += places[-1].length
+        yield places, _assemble([[own[i] for i in indices] for indices in members], rows, length, layout)
+
+
 def assign(
     examples: Sequence[Example], *, rows: int, length: int, layout: Layout, tail: int | None = None, groups: int = 1
 ) -> list[list[list[int]]]:

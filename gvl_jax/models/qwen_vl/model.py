@@ -43,8 +43,10 @@ class QwenVL(nnx.Module):
         _, (k, v) = self.text(self.embed(tokens)[None], order, one, keep=True, remat=remat)
         return k[:, :, 0], v[:, :, 0]
 
-    def _rows(self, batch: Batch, instruction, *, keep: bool, remat: Remat):
-        """→ hidden [B, T, D], and the Prompt of every row if kept."""
+    def rows(self, batch: Batch, instruction=None, *, keep: bool = False, remat: Remat = "none"):
+        """Packed rows → hidden [B, T, D], and the Prompt of every row if kept.
+
+        instruction: what `instruction` gave for `batch.shared`, if it is known."""
         x, mask = self._inputs(batch, remat), batch.segments > 0
         # a picture ends lower than its number of tokens: the next position follows the largest so far
         length = jnp.where(mask[None], batch.positions, -1).max((0, 2)) + 1
@@ -62,13 +64,11 @@ class QwenVL(nnx.Module):
 
     def __call__(self, batch: Batch, *, remat: Remat = "none"):
         """Packed rows → hidden [B, T, D]; multiply by `head_kernel()` for logits."""
-        return self._rows(batch, None, keep=False, remat=remat)[0]
+        return self.rows(batch, remat=remat)[0]
 
-    def prefill(self, batch: Batch, instruction=None, *, remat: Remat = "none"):
-        """One prompt per row → hidden of its last token [B, D], and the Prompt that completions share.
-
-        instruction: what `instruction` gave for `batch.shared`, if it is known."""
-        hidden, prompt = self._rows(batch, instruction, keep=True, remat=remat)
+    def prefill(self, batch: Batch, *, remat: Remat = "none"):
+        """One prompt per row → hidden of its last token [B, D], and the Prompt that completions share."""
+        hidden, prompt = self.rows(batch, keep=True, remat=remat)
         last = jnp.maximum((batch.segments > 0).sum(1) - 1, 0)
         return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0], prompt
 
