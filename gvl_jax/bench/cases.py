@@ -1,7 +1,6 @@
 """The measured pairs: the same work by this package and by another way, what each must compute, and the proof that
 both give the same."""
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from gvl_jax import cost
 from gvl_jax.bench import inputs, ours
 from gvl_jax.bench.inputs import World
 from gvl_jax.cost import Work
-from gvl_jax.data.packing import batch_prompts
+from gvl_jax.data.packing import pack_queue
 from gvl_jax.types import Example
 
 Build = Callable[
@@ -164,18 +163,14 @@ def moderate(world: World) -> Case:
     size, config = world.work, world.config
     examples = inputs.requests(world)
     longest = max(len(e.tokens) for e in examples)
-    step, rows = size.prompt // 2, 16
-    lengths = tuple(range(step, longest + step, step))
-    mine, slots, waiting = cost.prefill(config, 1, size.instruction), 0, Counter[int]()
-    for indices, batch in batch_prompts(examples, rows=rows // 4, lengths=lengths, layout=world.layout):
-        count, own = batch.tokens.shape
-        pictures = tuple(len(examples[i].patches) for i in indices if len(examples[i].grids))
-        mine += cost.rows(config, count, own, pictures, size.instruction)
-        waiting[own] += len(indices)
-        slots += count * own
-    for own, count in waiting.items():
-        for _ in range(0, count, rows):
-            mine += cost.decode(config, rows, 1, size.instruction + own, size.verdict)
+    rows, bucket = len(examples), -(-longest // 128) * 128
+    mine, slots, own = cost.prefill(config, 1, size.instruction), 0, bucket - size.instruction
+    for places, batch in pack_queue(examples, rows=max(1, rows // 8), length=own, layout=world.layout):
+        waiting = [examples[place.prompt] for place in places]
+        pictures = tuple(len(e.patches) for e in waiting if len(e.grids))
+        mine += cost.rows(config, len(batch.tokens), own, pictures, size.instruction)
+        slots += batch.tokens.size
+    mine += cost.decode(config, rows, 1, bucket, size.verdict)
     real = sum(len(e.tokens) for e in examples)
     pictures = tuple(len(e.patches) for e in examples if len(e.grids))
     other = cost.prefill(config, len(examples), longest, pictures)
@@ -185,7 +180,7 @@ def moderate(world: World) -> Case:
         f"with a picture; {size.verdict} greedy tokens each",
         {
             OURS: Side(
-                lambda: ours.generate(world, examples, size.verdict, rows=rows, lengths=lengths),
+                lambda: ours.generate(world, examples, size.verdict, rows=rows, lengths=(bucket,)),
                 mine,
                 padding=1 - (real - len(examples) * size.instruction) / slots,
             ),
