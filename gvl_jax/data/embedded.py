@@ -315,7 +315,7 @@ def _task(number: int, title: str, steps: list[str], label: Label | None) -> str
 def picture(rng: random.Random, names: Iterable[str]) -> bytes:
     """PNG with the named things, side by side or one below the other. Place, size, colours and aspect ratio vary.
 
-    Letters are 18 px high, drawings 36 or 50 px; the colours say nothing about the label.
+    Letters are 18 px high, drawings 44 or 50 px; the colours say nothing about the label.
     """
     marks = [_mark(rng, name) for name in names]
     along, across = rng.choice(((0, 1), (1, 0)))  # axes: 0 is the width
@@ -354,7 +354,7 @@ def _mark(rng: random.Random, name: str) -> Image.Image:
         mask = Image.new("L", (CELL * math.ceil((right - left + 4) / CELL), CELL))
         ImageDraw.Draw(mask).text((3 - left, 3 - top), word, 255, font, stroke_width=1)
         return mask
-    side = rng.choice((36, 50))
+    side = rng.choice((44, 50))
     mask = Image.new("L", (2 * CELL, 2 * CELL))
     draw = ImageDraw.Draw(mask)
     for shape, unit, ink in _DRAWINGS[name]:
