@@ -1,18 +1,15 @@
 """The command as people mistype it: one clear line, the right exit code, nothing written."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
+from tiny_models import write_checkpoint
 
 from gvl_jax.cli import VERBS, main
 from gvl_jax.config import Sft, dump, load
-from gvl_jax.data import tiny
-from gvl_jax.models.qwen_vl.hub import load_config, save_params
-from gvl_jax.models.qwen_vl.model import init_params
 
 
 def gvl(*args) -> int:
@@ -26,18 +23,7 @@ def gvl(*args) -> int:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A whole checkpoint, of one layer."""
-    folder = tmp_path_factory.mktemp("cli")
-    tiny.write_tiny(folder / "files", ["Is it harmful?"], vocab_size=300)
-    raw = json.loads((folder / "files" / "config.json").read_text())
-    raw["text_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    raw["text_config"]["layer_types"] = ["full_attention"]
-    raw["text_config"]["rope_parameters"]["mrope_section"] = [1, 1, 2]
-    raw["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0], "hidden_size": 16, "intermediate_size": 24}
-    raw["vision_config"] |= {"num_heads": 2, "out_hidden_size": 32}
-    (folder / "files" / "config.json").write_text(json.dumps(raw))
-    config = load_config(folder / "files")
-    save_params(folder / "model", init_params(config, 0), config, dtype="float32", source=folder / "files")
-    return folder / "model"
+    return write_checkpoint(tmp_path_factory.mktemp("cli"), "Is it harmful?", 300)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Tiny models and examples for tests: random ones that transformers has too, and fixed ones of our own."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,11 +10,13 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from gvl_jax.data import tiny
 from gvl_jax.data.images import to_patches
 from gvl_jax.data.packing import Layout
 from gvl_jax.guard.prompt import mrope_positions
 from gvl_jax.models.qwen_vl.config import QwenVLConfig, TextConfig, VisionConfig
-from gvl_jax.models.qwen_vl.model import abstract_params
+from gvl_jax.models.qwen_vl.hub import load_config, save_params
+from gvl_jax.models.qwen_vl.model import abstract_params, init_params
 from gvl_jax.types import Example
 
 IMAGE, START, END, VOCAB = 90, 91, 92, 97
@@ -138,3 +142,18 @@ def tiny_params(config: QwenVLConfig, seed: int = 0) -> dict[str, Any]:
 
 def layout(config: QwenVLConfig, *buckets: int) -> Layout:
     return Layout(IMAGE, buckets, config.vision.window_size)
+
+
+def write_checkpoint(folder: Path, text: str, vocab_size: int) -> Path:
+    """A whole checkpoint of one layer with random weights, and a tokenizer trained on `text`. → its directory."""
+    tiny.write_tiny(folder / "files", [text], vocab_size)
+    raw = json.loads((folder / "files" / "config.json").read_text())
+    raw["text_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    raw["text_config"]["layer_types"] = ["full_attention"]
+    raw["text_config"]["rope_parameters"]["mrope_section"] = [1, 1, 2]
+    raw["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0], "hidden_size": 16, "intermediate_size": 24}
+    raw["vision_config"] |= {"num_heads": 2, "out_hidden_size": 32}
+    (folder / "files" / "config.json").write_text(json.dumps(raw))
+    config = load_config(folder / "files")
+    save_params(folder / "model", init_params(config, 0), config, dtype="float32", source=folder / "files")
+    return folder / "model"

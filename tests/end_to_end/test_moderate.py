@@ -14,16 +14,14 @@ import hostile
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import write_checkpoint
 
 from gvl_jax import Guard, Judgement
 from gvl_jax.cli import main
 from gvl_jax.config import Images, Moderate
-from gvl_jax.data import tiny
 from gvl_jax.data.loader import SampleRejected, to_example
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.closing import closing
-from gvl_jax.models.qwen_vl.hub import load_config, save_params
-from gvl_jax.models.qwen_vl.model import init_params
 from gvl_jax.types import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,18 +33,8 @@ KEYS = list(Judgement._fields)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A checkpoint of one layer with random weights."""
-    folder = tmp_path_factory.mktemp("guard")
-    tiny.write_tiny(folder / "files", ["Is it harmful or unharmful? The user wants to wash a car."], vocab_size=320)
-    raw = json.loads((folder / "files" / "config.json").read_text())
-    raw["text_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    raw["text_config"]["layer_types"] = ["full_attention"]
-    raw["text_config"]["rope_parameters"]["mrope_section"] = [1, 1, 2]
-    raw["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0], "hidden_size": 16, "intermediate_size": 24}
-    raw["vision_config"] |= {"num_heads": 2, "out_hidden_size": 32}
-    (folder / "files" / "config.json").write_text(json.dumps(raw))
-    config = load_config(folder / "files")
-    save_params(folder / "model", init_params(config, 0), config, dtype="float32", source=folder / "files")
-    return folder / "model"
+    text = "Is it harmful or unharmful? The user wants to wash a car."
+    return write_checkpoint(tmp_path_factory.mktemp("guard"), text, 320)
 
 
 def png(width: int, height: int) -> bytes:
