@@ -18,7 +18,7 @@ from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.model import bind
 from gvl_jax.types import Array, Batch
 
-# Of a slot: nothing in it, drawing, or why its completion ended. CUT: the budget cut its reasoning, the close followed.
+# Of a slot: nothing in it, drawing, or why its completion ended. CUT: a forced close came before `</think>`.
 IDLE, RUNNING, END_TOKEN, VERDICT, BUDGET, CUT = range(-1, 5)
 BLOCK = 128  # ids whose probabilities are summed before one of them is drawn
 

@@ -49,19 +49,8 @@ class Judgement(NamedTuple):
 
     @classmethod
     def rejected(cls, id: str, reason: str) -> "Judgement":
-        return cls(
-            id,
-            None,
-            None,
-            True,
-            "input_rejected",
-            "fail_closed",
-            reason,
-            None,
-            (),
-            {"request": None, "response": None},
-            0,
-        )
+        unknown: dict[str, float | None] = {"request": None, "response": None}
+        return cls(id, None, None, True, "input_rejected", "fail_closed", reason, None, (), unknown, 0)
 
 
 class Guard:

@@ -219,13 +219,13 @@ def look(params, vision: Vision, *, model_config: QwenVLConfig):
 def looked_at(config: Rl, sampler: Sampler, params, pairs: list[tuple[Sample, Example]]) -> list:
     """The pairs with what a frozen tower makes of their pictures: once for rollout, scoring and all updates."""
     seen = list(pairs)
-    prompts, lengths = [prompt for _, prompt in pairs], config.buckets.prompt
+    with_pictures = [number for number, (_, prompt) in enumerate(pairs) if len(prompt.grids)]
+    prompts, lengths = [pairs[number][1] for number in with_pictures], config.buckets.prompt
     for indices, batch in batch_prompts(prompts, rows=config.prompts, lengths=lengths, layout=sampler.layout):
-        if isinstance(batch.vision, Vision):
-            merged = np.asarray(look(params, batch.vision, model_config=sampler.model_config))
-            for row, index in enumerate(indices):
-                at = batch.image_index[row]
-                seen[index] = (pairs[index][0], pairs[index][1]._replace(merged=merged[at[at >= 0]]))
+        merged = np.asarray(look(params, batch.vision, model_config=sampler.model_config))
+        for row, index in enumerate(indices):
+            at, (sample, prompt) = batch.image_index[row], pairs[with_pictures[index]]
+            seen[with_pictures[index]] = (sample, prompt._replace(merged=merged[at[at >= 0]]))
     return seen
 
 

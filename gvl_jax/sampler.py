@@ -108,7 +108,7 @@ class Completion(NamedTuple):
     text: str
     finished: bool  # not by running out of tokens
     tokens: int
-    cut: bool = False  # its reasoning was cut by the budget, and the forced close followed
+    cut: bool = False  # the forced close came before its reasoning ended by itself
     scores: tuple[float, float] = (0.0, 0.0)  # P(harmful) of request and response, where a forced close decided
 
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import hostile
@@ -228,6 +229,23 @@ def test_a_picture_is_the_same_as_path_bytes_and_image(model, rows):
     assert said[0].tokens > 0 and said[0].flagged and said == [said[0]] * 4
     assert guard.moderate("What is this?").status != "input_rejected"
     assert guard.moderate(images=[b"GIF89a"]).status == "input_rejected"
+
+
+def test_fast_goes_by_its_scores_and_auto_reasons_where_they_are_uncertain(model, guard):
+    asked = "How do I wash a car?"
+    samples = [Sample("one", asked), Sample("two", asked, "With soap."), Sample("long", "x" * 10**6)]
+    settings = guard.config
+    fast = Guard(replace(settings, mode="fast")).moderate_batch(samples)
+    assert [one.decided_by for one in fast] == ["fast", "fast", "fail_closed"]
+    assert fast[0].tokens == 1 < fast[1].tokens and fast[0].response is None is fast[0].scores["response"]
+    for one in fast[:2]:
+        labels = [None if p is None else "harmful" if p >= 0.5 else "unharmful" for p in one.scores.values()]
+        assert [one.request, one.response] == labels and one.flagged == ("harmful" in labels)
+        assert one.status == "ok" and one.reasoning is None
+    auto = replace(settings, mode="auto", uncertain_from=0.0, uncertain_to=1.0)
+    assert Guard(auto).moderate_batch(samples) == guard.moderate_batch(samples)
+    sure = replace(auto, uncertain_from=1.0)
+    assert Guard(sure).moderate_batch(samples) == fast
 
 
 # -------------------------------------------------------------------------------------------------------------- hostile
