@@ -5,6 +5,7 @@ back from the tree that `restore` is given. A sum of each array's bits stands in
 truncated files by itself, but not flipped bits.
 """
 
+import io
 import logging
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
@@ -29,10 +31,12 @@ class CheckpointMismatch(CheckpointError):
 
 
 class Checkpoints:
-    """The `keep` newest checkpoints of a run, on a disk that all processes see. Saving goes on in the background."""
+    """The `keep` newest checkpoints of a run, on a disk that all processes see. Saving goes on in the background.
 
-    def __init__(self, run_dir: str | Path, keep: int = 2) -> None:
-        self.folder = Path(run_dir).absolute() / "checkpoints"
+    folder: where, if not in run_dir/checkpoints; also gs://bucket/path."""
+
+    def __init__(self, run_dir: str | Path, folder: str = "", keep: int = 2) -> None:
+        self.folder = epath.Path(folder or Path(run_dir).absolute() / "checkpoints")
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
@@ -89,6 +93,27 @@ class Checkpoints:
         raise CheckpointError(
             f"no checkpoint in {self.folder} can be read ({reasons or 'there is none'}); start anew in another folder"
         )
+
+    def keep_part(self, step: int, number: int, arrays: dict[str, np.ndarray]) -> None:
+        """Keep what this process has finished of `step`, which is not done: its part `number`. See `parts`."""
+        file = io.BytesIO()
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        folder = self.folder / "parts"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{step}-{jax.process_index()}-{number}.npz"
+        (folder / f"{name}.unfinished").write_bytes(file.getvalue())
+        (folder / f"{name}.unfinished").replace(folder / name)
+
+    def parts(self, step: int) -> list[dict[str, np.ndarray]]:
+        """What all processes, of whatever number, have kept of `step`; what they have kept of others is removed."""
+        folder, found = self.folder / "parts", []
+        for path in sorted(folder.iterdir()) if folder.exists() else []:
+            if path.name.startswith(f"{step}-") and path.suffix == ".npz":
+                with np.load(io.BytesIO(path.read_bytes())) as arrays:
+                    found.append(dict(arrays))
+            elif jax.process_index() == 0 and not path.name.startswith(f"{step}-"):
+                path.unlink(missing_ok=True)
+        return found
 
     def close(self) -> None:
         """Waits until the last save is on disk."""

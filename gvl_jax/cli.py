@@ -1,6 +1,7 @@
 """The `gvl` command: a verb, a config file, flags. No logic: each verb calls the function that does it.
 
-Exit codes: 0 done · 1 failed · 2 wrong usage · 3 something was flagged under `moderate --exit-code` · 130 interrupted
+Exit codes: 0 done · 1 failed · 2 wrong usage · 3 something was flagged under `moderate --exit-code` · 75 stopped by
+SIGTERM, after saving: start it again · 130 interrupted
 """
 
 import argparse
@@ -26,6 +27,7 @@ gvl VERB …
   data buckets CFG                   propose buckets.patches for the data of `gvl sft CFG`
   report RUN                         report.html of a run folder
   bench [--size S] [--only CASES]    speed and memory against transformers, and against the plain way
+  doctor [--model M] [--data FILE]   what stands in the way on this machine, and the command that removes it
 
 CFG is a YAML file of configs/; any of its fields is a flag: --optim.peak-lr 2e-5. `gvl VERB --help` lists them.
 A stage that was stopped goes on when the same command is given again. --dry-run shows what would be done, --json
@@ -53,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\ngvl {verb}: interrupted; what is done is kept, the same command goes on from there", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if type(error).__name__ == "Stopped":
+            print(f"gvl {verb}: {error}; the same command goes on from there", file=sys.stderr)
+            return 75
         if os.environ.get("GVL_TRACEBACK"):
             raise
         message = str(error) or type(error).__name__
@@ -71,6 +76,7 @@ def _stage(kind: Any, module: str) -> Callable[[list[str]], int]:
             print(f"# would run {module} and write {config.output or 'nothing: output is not set'}")
             return 0
         _compile_cache()
+        _start()
         result = _entry(module)(config)
         if as_json:
             print(json.dumps({"result": result if kind is Eval else str(result)}))
@@ -88,12 +94,23 @@ def _entry(module: str) -> Callable[..., Any]:
     return importlib.import_module(f"gvl_jax.{module}").run
 
 
+def _start() -> None:
+    """Join the other processes of the run."""
+    from gvl_jax.sharding import start
+
+    start()
+
+
 def _compile_cache() -> None:
     """Keep compiled programs between processes, unless JAX_COMPILATION_CACHE_DIR says where (or, empty, not to)."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "gvl_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", _cache_folder())
+
+
+def _cache_folder() -> str:
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gvl_jax" / "xla"))
 
 
 def _scores(table: list[dict]) -> str:
@@ -211,6 +228,19 @@ def _bench(args: list[str]) -> int:
     return main(args)
 
 
+def _doctor(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("gvl doctor", description="versions, devices, memory, disks, hub, data, model")
+    parser.add_argument("--model", help="a checkpoint directory or hub id to look into")
+    parser.add_argument("--data", type=Path, help="records to load, JSONL")
+    parser.add_argument("--output", default="runs", help="where runs will be written (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the checks for machines")
+    options = parser.parse_args(args)
+
+    from gvl_jax.doctor import run
+
+    return run(options.model, options.data, options.output, _cache_folder(), options.json)
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "sft": _stage(Sft, "sft"),
@@ -222,6 +252,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": _data,
     "report": _report,
     "bench": _bench,
+    "doctor": _doctor,
 }
 
 

@@ -106,6 +106,19 @@ class Buckets:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """How the devices of all hosts are arranged: data x fsdp x tensor. Where nothing is trained, each of the
+    data x fsdp parts has a copy of the model."""
+
+    data: int | None = None  # copies of what the others split; null: as many as there are devices for
+    fsdp: int = 1  # parts of every weight matrix, its gradient and its optimizer state
+    tensor: int = 1  # parts of the heads, the feed-forward width and the vocabulary; within a host
+
+    def __post_init__(self) -> None:
+        _positive(self, "data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
 class Sft:
     """Supervised fine-tuning on reasoning (PAPER §3)."""
 
@@ -116,7 +129,7 @@ class Sft:
     trained: Trained = "all"  # as released: language
     epochs: int = 3
     global_batch: int = 192  # samples per step
-    rows: int = 8  # packed rows of a micro-batch
+    rows: int = 8  # packed rows of a micro-batch, on each of the data x fsdp parts of the devices
     max_length: int = 2048  # tokens of a row, images included
     limit: int | None = None  # first samples of `train` only
     seed: int = 0
@@ -124,7 +137,9 @@ class Sft:
     remat: Remat = "layers"  # recomputed in the backward pass: nothing, all but matrix products, whole layers
     save_every: int = 100  # steps
     workers: int | None = None  # threads that read and shape the input; none given: one per core, at most 16
+    checkpoints: str = ""  # their folder, also gs://bucket/path; none given: `output`/checkpoints
     resume: Resume = "auto"
+    mesh: Mesh = field(default_factory=Mesh)
     images: Images = field(default_factory=Images)
     buckets: Buckets = field(default_factory=Buckets)
     optim: Optim = field(default_factory=Optim)
@@ -143,11 +158,12 @@ class Mine:
     keep: Literal["all_wrong", "any_wrong", "mixed"] = "all_wrong"
     samples: int = 4  # completions per item
     size: int = 12_000  # items kept, drawn at random from the hard ones
-    prompts: int = 32  # prompts decoded together
+    prompts: int = 32  # prompts decoded together, by each copy of the model
     limit: int | None = None
     seed: int = 0
     dtype: Dtype = "bfloat16"
     resume: Resume = "auto"
+    mesh: Mesh = field(default_factory=Mesh)
     images: Images = field(default_factory=Images)
     buckets: Buckets = field(default_factory=Buckets)
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0, top_p=0.95, max_new_tokens=2048))
@@ -185,7 +201,7 @@ class Rl:
     group_size: int = 16
     prompts_per_step: int = 512  # prompts of a rollout batch
     prompts_per_update: int = 256  # as released: 128
-    prompts: int = 32  # prompts decoded, scored or trained together
+    prompts: int = 32  # prompts decoded, scored or trained together, on each of the data x fsdp parts of the devices
     slots: int | None = None  # completions of a prompt decoded at a time, the others follow; null: the whole group
     epochs: int = 1
     limit: int | None = None
@@ -194,7 +210,9 @@ class Rl:
     remat: Remat = "layers"  # recomputed in the backward pass: nothing, all but matrix products, whole layers
     save_every: int = 1  # steps
     workers: int | None = None  # threads that read and shape the input; none given: one per core, at most 16
+    checkpoints: str = ""  # their folder, also gs://bucket/path; none given: `output`/checkpoints
     resume: Resume = "auto"
+    mesh: Mesh = field(default_factory=Mesh)
     images: Images = field(default_factory=lambda: Images(min_pixels=262_144, max_pixels=4_194_304))
     buckets: Buckets = field(default_factory=Buckets)
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.2, max_new_tokens=3072))
@@ -231,10 +249,11 @@ class Eval:
     model: str = ""
     data: tuple[str, ...] = ()  # JSONL files, one benchmark each
     output: str = ""
-    prompts: int = 32
+    prompts: int = 32  # prompts decoded together, by each copy of the model
     limit: int | None = None
     dtype: Dtype = "bfloat16"
     resume: Resume = "auto"
+    mesh: Mesh = field(default_factory=Mesh)
     images: Images = field(default_factory=lambda: Images(min_pixels=262_144, max_pixels=4_194_304))
     buckets: Buckets = field(default_factory=Buckets)
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0, max_new_tokens=4096))
@@ -254,7 +273,7 @@ class Moderate:
     request: str = ""
     response: str | None = None
     image: tuple[str, ...] = ()  # paths
-    prompts: int = 16  # prompts decoded together
+    prompts: int = 16  # prompts decoded together, by each copy of the model
     mode: Literal["fast", "reason", "auto"] = "reason"  # fast: no reasoning; auto: fast first, reason if uncertain
     uncertain_from: float = 0.02  # auto: a fast P(harmful) from here …
     uncertain_to: float = 0.98  # … to here is reasoned about
@@ -265,10 +284,12 @@ class Moderate:
     max_pixels: int | None = None
     exit_code: bool = False  # exit with 3 if anything was flagged
     dtype: Dtype = "bfloat16"
+    mesh: Mesh = field(default_factory=Mesh)
     buckets: Buckets = field(default_factory=lambda: Buckets(prompt=(256, 512, 1024, 2048, 4096)))
 
     def __post_init__(self) -> None:
-        _positive(self, "prompts", "reasoning_budget", "max_images", "max_characters", "min_pixels", "max_pixels")
+        _positive(self, "prompts", "reasoning_budget", "max_images", "max_characters")
+        _positive(self, "min_pixels", "max_pixels")
         _require(
             0 <= self.uncertain_from <= self.uncertain_to <= 1,
             f"uncertain_from is {self.uncertain_from} and uncertain_to {self.uncertain_to}, expected "

@@ -7,8 +7,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gvl_jax.config import Eval
@@ -18,8 +16,21 @@ from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.scores import Row, evaluate
 from gvl_jax.metrics import progress
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve
-from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row, whole_chunks
+from gvl_jax.models.qwen_vl.model import abstract_params
+from gvl_jax.run_folder import (
+    Stopped,
+    append_rows,
+    done_already,
+    keep_rows,
+    open_run,
+    own_file,
+    own_share,
+    replace_text,
+    sample_row,
+    stopping,
+)
 from gvl_jax.sampler import Sampler
+from gvl_jax.sharding import copies, gather, make_mesh, shardings
 from gvl_jax.types import Example, Sample
 
 CHUNK = 8  # micro-batches of prompts judged between two writes
@@ -35,21 +46,24 @@ def modality(sample: Sample) -> str:
 def run(config: Eval) -> list[dict]:
     """→ the table of scores, also in `output`/scores.json."""
     folder = open_run(config, "model", "data", "output")
-    result, judgements = folder / "scores.json", folder / "judgements.jsonl"
-    if result.exists():
+    result, judgements = folder / "scores.json", own_file(folder / "judgements.jsonl")
+    if done_already(result):
         return json.loads(result.read_text(encoding="utf-8"))
     source = resolve(config.model)
     tokenizer = load_tokenizer(source)
     model_config = replace(load_config(source), dtype=config.dtype)
-    params = jax.tree.map(jnp.asarray, load_params(source, model_config, dtype=np.dtype(config.dtype)))
+    mesh = make_mesh(config.mesh)
+    where = shardings(mesh, abstract_params(model_config))
+    params = load_params(source, model_config, dtype=np.dtype(config.dtype), shardings=where)
+    models = copies(mesh, params, config.dtype)
     sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts)
     items = [(Path(path).stem, sample) for path in config.data for sample in load_records(path)[: config.limit]]
 
-    chunk = CHUNK * config.prompts
-    done = whole_chunks(judgements, chunk)
-    with progress(len(items), "eval", initial=done) as advance:
-        for start in range(done, len(items), chunk):
-            part = range(start, min(start + chunk, len(items)))
+    done, left = own_share(len(items), judgements, CHUNK * config.prompts * len(models))
+    with stopping() as asked, progress(done + sum(map(len, left)), "eval", initial=done) as advance:
+        for part in left:
+            if asked():
+                raise Stopped(f"{done} items are judged")
             examples: dict[int, Example] = {}
             rows = []
             for index in part:
@@ -58,16 +72,17 @@ def run(config: Eval) -> list[dict]:
                 except SampleRejected as rejection:  # judged by nobody: a failure, not a missing row
                     row = sample_row(items[index][1], "", False, folder)
                     rows.append(row | {"index": index, "finished": False, "tokens": 0, "rejected": str(rejection)})
-            completions = sampler.complete(params, list(examples.values()), names=list(examples))
+            completions = sampler.complete(models, list(examples.values()), names=list(examples))
             for index, (said,) in zip(examples, completions, strict=True):
                 row = sample_row(items[index][1], said.text, said.finished, folder)
                 rows.append(
                     row | {"index": index, "finished": said.finished, "tokens": _reasoning_tokens(tokenizer, said.text)}
                 )
             append_rows(judgements, rows)
+            done += len(part)
             advance(len(part))
 
-    judged = sorted(keep_rows(judgements, lambda row: True), key=lambda row: row["index"])
+    judged = sorted(gather(keep_rows(judgements, lambda row: True)), key=lambda row: row["index"])
     replace_text(folder / "samples.jsonl", "".join(json.dumps(row | {"step": 0}) + "\n" for row in judged[:200]))
     scored = [
         Row(

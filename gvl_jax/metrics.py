@@ -229,7 +229,7 @@ def _describe(arguments: Mapping[str, Any]) -> dict[str, str]:
         name: f"{leaf.dtype}{list(leaf.shape)}"
         + (" weak" if getattr(leaf, "weak_type", False) else "")
         + (f" {leaf.sharding}" if isinstance(leaf, jax.Array) else "")
-        if hasattr(leaf, "shape")
+        if isinstance(leaf, jax.Array | np.ndarray | np.generic)
         else type(leaf).__name__
         for name, leaf in names.items()
     }

@@ -9,8 +9,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gvl_jax.config import Mine
@@ -20,8 +18,21 @@ from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.verdict import parse
 from gvl_jax.metrics import MetricsWriter, progress
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve
-from gvl_jax.run_folder import append_rows, keep_rows, open_run, replace_text, sample_row, whole_chunks
+from gvl_jax.models.qwen_vl.model import abstract_params
+from gvl_jax.run_folder import (
+    Stopped,
+    append_rows,
+    done_already,
+    keep_rows,
+    open_run,
+    own_file,
+    own_share,
+    replace_text,
+    sample_row,
+    stopping,
+)
 from gvl_jax.sampler import Sampler
+from gvl_jax.sharding import copies, gather, make_mesh, shardings
 from gvl_jax.types import Example, Sample
 
 CHUNK = 8  # micro-batches of prompts judged between two writes
@@ -44,21 +55,24 @@ def is_hard(right: int, samples: int, keep: str) -> bool:
 def run(config: Mine) -> Path:
     """→ hard.jsonl in the run folder."""
     folder = open_run(config, "model", "train", "output")
-    result, attempts = folder / "hard.jsonl", folder / "attempts.jsonl"
-    if result.exists():
+    result, attempts = folder / "hard.jsonl", own_file(folder / "attempts.jsonl")
+    if done_already(result):
         return result
     source = resolve(config.model)
     tokenizer = load_tokenizer(source)
     model_config = replace(load_config(source), dtype=config.dtype)
-    params = jax.tree.map(jnp.asarray, load_params(source, model_config, dtype=np.dtype(config.dtype)))
+    mesh = make_mesh(config.mesh)
+    where = shardings(mesh, abstract_params(model_config))
+    params = load_params(source, model_config, dtype=np.dtype(config.dtype), shardings=where)
+    models = copies(mesh, params, config.dtype)
     sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts)
     samples = [sample for path in config.train for sample in load_records(path)][: config.limit]
 
-    chunk = CHUNK * config.prompts
-    done = whole_chunks(attempts, chunk)
-    with progress(len(samples), "mine", initial=done) as advance:
-        for start in range(done, len(samples), chunk):
-            part = range(start, min(start + chunk, len(samples)))
+    done, left = own_share(len(samples), attempts, CHUNK * config.prompts * len(models))
+    with stopping() as asked, progress(done + sum(map(len, left)), "mine", initial=done) as advance:
+        for part in left:
+            if asked():
+                raise Stopped(f"{done} items are judged")
             examples: dict[int, Example] = {}
             rows: list[dict] = []
             for index in part:
@@ -68,16 +82,17 @@ def run(config: Mine) -> Path:
                     rows.append({"index": index, "rejected": rejection.reason})
             # an item's index names its random key, so a resumed run draws what an uninterrupted one draws
             completions = sampler.complete(
-                params, list(examples.values()), group_size=config.samples, seed=config.seed, names=list(examples)
+                models, list(examples.values()), group_size=config.samples, seed=config.seed, names=list(examples)
             )
             for index, group in zip(examples, completions, strict=True):
                 right = sum(is_right(one.text, one.finished, samples[index]) for one in group)
                 shown = sample_row(samples[index], group[0].text, group[0].finished, folder)
                 rows.append({"index": index, "right": right, "of": config.samples} | shown)
             append_rows(attempts, rows)
+            done += len(part)
             advance(len(part), note=f"all wrong: {sum(row.get('right') == 0 for row in rows)} of {len(rows)}")
 
-    attempted = sorted(keep_rows(attempts, lambda row: True), key=lambda row: row["index"])
+    attempted = sorted(gather(keep_rows(attempts, lambda row: True)), key=lambda row: row["index"])
     judged = [row for row in attempted if "rejected" not in row]
     rejected = Counter(row["rejected"] for row in attempted if "rejected" in row)
     hard = [samples[row["index"]] for row in judged if is_hard(row["right"], row["of"], config.keep)]

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL.Image import Image
 
@@ -24,8 +22,10 @@ from gvl_jax.guard.closing import closing
 from gvl_jax.guard.verdict import flagged, parse
 from gvl_jax.metrics import progress
 from gvl_jax.models.qwen_vl.hub import image_bounds, load_config, load_params, resolve
+from gvl_jax.models.qwen_vl.model import abstract_params
 from gvl_jax.run_folder import replace_text
 from gvl_jax.sampler import Completion, Sampler
+from gvl_jax.sharding import copies, make_mesh, shardings
 from gvl_jax.types import Example, Label, Sample
 
 CHUNK = 4  # micro-batches judged between two writes
@@ -60,7 +60,10 @@ class Guard:
         source = resolve(config.model, config.revision)
         self.config, self.tokenizer = config, load_tokenizer(source)
         self.model_config = replace(load_config(source), dtype=config.dtype)
-        self.params = jax.tree.map(jnp.asarray, load_params(source, self.model_config, dtype=np.dtype(config.dtype)))
+        mesh = make_mesh(config.mesh)
+        where = shardings(mesh, abstract_params(self.model_config))
+        params = load_params(source, self.model_config, dtype=np.dtype(config.dtype), shardings=where)
+        self.models = copies(mesh, params, config.dtype)
         low, high = image_bounds(source)
         self.images = Images(config.min_pixels or low, config.max_pixels or high)
         self.closing = closing(self.tokenizer, self.model_config.text.vocab_size)
@@ -120,7 +123,7 @@ class Guard:
         """(index, completions) of the examples."""
         responses = [_has_response(samples[index]) for index in examples]
         prompts = list(examples.values())
-        completions = sampler.complete(self.params, prompts, has_response=responses, fast=fast) if prompts else []
+        completions = sampler.complete(self.models, prompts, has_response=responses, fast=fast) if prompts else []
         return list(zip(examples, completions, strict=True))
 
 

@@ -8,7 +8,7 @@ the scoring of the old log-probs, and in the update with its gradient.
 import functools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 from sklearn.metrics import f1_score
 
@@ -23,7 +24,7 @@ from gvl_jax.checkpoint import Checkpoints
 from gvl_jax.config import ConfigError, Rl
 from gvl_jax.data.images import open_image
 from gvl_jax.data.loader import SampleRejected, step_count, steps, to_example
-from gvl_jax.data.packing import batch_prompts
+from gvl_jax.data.packing import batch_prompts, fitted, in_rounds, shape_of
 from gvl_jax.data.records import load_records
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.mixing import mixed_set
@@ -32,18 +33,32 @@ from gvl_jax.losses import clip_schedule, group_advantages, policy_loss
 from gvl_jax.metrics import MetricsWriter, progress, timed
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve, save_params
-from gvl_jax.models.qwen_vl.model import bind
-from gvl_jax.optim import apply_updates, learning_rate, optimizer, split_trained
-from gvl_jax.run_folder import append_rows, keep_rows, open_run, sample_row
+from gvl_jax.models.qwen_vl.model import abstract_params, bind
+from gvl_jax.optim import begin, learning_rate, split_trained, update
+from gvl_jax.run_folder import Stopped, append_rows, done_already, keep_rows, open_run, sample_row, stopping
 from gvl_jax.sampler import BUDGET, Sampler, completion_logprobs, score
-from gvl_jax.types import Batch, Example, Remat, Sample, Vision
+from gvl_jax.sharding import (
+    agree,
+    copies,
+    exchange,
+    gather,
+    make_mesh,
+    own_parts,
+    place,
+    shardings,
+    value_and_grad,
+)
+from gvl_jax.types import Batch, Example, Remat, Rollout, Sample, Vision
+
+KEEP_EVERY = 10.0  # seconds between two writes of what is finished of a rollout
 
 
 class Group(NamedTuple):
     """One prompt with its completions, rewarded."""
 
+    number: int  # of the prompt in its step
     sample: Sample
-    prompt: Example
+    prompt: Example | None  # None: it is on another process, or not needed any more
     tokens: np.ndarray  # i32[R, J]
     logprobs: np.ndarray  # f32[R, J] by the sampler
     lengths: np.ndarray  # i32[R]
@@ -51,6 +66,11 @@ class Group(NamedTuple):
     texts: list[str]
     rewards: list[RewardParts]
     advantages: np.ndarray  # f32[R]
+
+    def light(self) -> "Group":
+        """What the other processes must know of it."""
+        nothing = self.tokens[:0]
+        return self._replace(sample=self.sample._replace(images=()), prompt=None, tokens=nothing, logprobs=nothing)
 
 
 class Completions(NamedTuple):
@@ -64,17 +84,18 @@ class Completions(NamedTuple):
     on_policy: np.ndarray  # bool[] it is: the first update of a step
 
 
-@functools.partial(jax.jit, static_argnames=("model_config", "remat", "mean"), donate_argnames=("grads",))
+@functools.partial(jax.jit, static_argnames=("model_config", "remat", "mean", "mesh"), donate_argnames=("grads",))
 def accumulate(
     trained, frozen, grads, batch: Batch, done: Completions, temperature, banned, clip, total,
-    *, model_config: QwenVLConfig, remat: Remat, mean: str,
+    *, model_config: QwenVLConfig, remat: Remat, mean: str, mesh: Mesh | None = None,
 ):  # fmt: skip
-    """Add the policy gradient of one micro-batch. clip and temperature are arrays. → (grads, metrics)."""
+    """Add the policy gradient of one micro-batch, a part of it on each part of the mesh. clip and temperature are
+    arrays. → (grads, metrics of each part)."""
 
-    def loss_of(trained):
-        model = bind(model_config, trained | frozen)
+    def loss_of(params, rows, rest):
+        (batch, done), (temperature, banned, clip, total) = rows, rest
         logprobs, entropy = completion_logprobs(
-            model, batch, done.tokens, temperature, banned, done.mask, entropy=True, remat=remat
+            bind(model_config, params), batch, done.tokens, temperature, banned, done.mask, entropy=True, remat=remat
         )
         # The ratio of the first update is exactly 1. Log-probs of another pass differ in the last bits, which a
         # nearly closed clip would take for a change of policy.
@@ -90,17 +111,18 @@ def accumulate(
             total=total,
         )
         gap = jnp.where(done.mask & done.on_policy, jnp.abs(logprobs - done.sampled), 0.0).sum()
-        return loss, metrics | {"gap": gap, "entropy": entropy.sum()}
+        return loss, metrics | {"gap": gap, "entropy": entropy.sum(), "loss": jax.lax.stop_gradient(loss)}
 
-    (loss, metrics), new = jax.value_and_grad(loss_of, has_aux=True)(trained)
-    return jax.tree.map(jnp.add, grads, new), metrics | {"loss": loss}
+    rest = (temperature, banned, clip, total)
+    _, metrics, new = value_and_grad(loss_of, mesh, trained, frozen, (batch, done), rest)
+    return jax.tree.map(jnp.add, grads, new), metrics
 
 
 def run(config: Rl) -> Path:
     """Train, checkpoint, export. → the exported model's directory, `output`/model."""
     folder = open_run(config, "model", "train", "output")
     target = folder / "model"
-    if target.exists():
+    if done_already(target):
         return target
 
     # ---------------------------------------------------------------- data
@@ -118,12 +140,17 @@ def run(config: Rl) -> Path:
             return rejection
 
     # ---------------------------------------------------------------- model and optimizer
+    mesh = make_mesh(config.mesh)
+    me, processes = jax.process_index(), jax.process_count()
+    if config.prompts_per_update % processes:
+        raise ConfigError(f"prompts_per_update {config.prompts_per_update} does not divide by {processes} processes")
     model_config = replace(load_config(source), dtype=config.dtype)
     sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts, slots=config.slots)
-    params = jax.tree.map(jnp.asarray, load_params(source, model_config, dtype=np.float32))
+    where = shardings(mesh, abstract_params(model_config))
+    params = load_params(source, model_config, dtype=np.float32, shardings=where)
     trained, frozen = split_trained(params, config.trained)
-    state = {"trained": trained, "opt_state": optimizer(config.optim).init(trained)}
-    update = jax.jit(functools.partial(apply_updates, config.optim), donate_argnums=(0, 1))
+    state, grads = begin(config.optim, trained, mesh)
+    del params, trained
 
     # ---------------------------------------------------------------- where a killed run goes on
     total_steps = step_count(len(samples), config.prompts_per_step, config.epochs, whole=True)
@@ -132,13 +159,14 @@ def run(config: Rl) -> Path:
             f"{len(samples)} prompts, mixes included, do not make one step: prompts_per_step is "
             f"{config.prompts_per_step}; lower it, or give more data"
         )
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, config.checkpoints)
     start = 0
     if checkpoints.latest() is not None:
         state, meta = checkpoints.restore(state)
         start = meta["step"]
     metrics = MetricsWriter(folder, resume_step=start - 1 if start else None)
-    keep_rows(folder / "samples.jsonl", lambda row: row["step"] < start)
+    if me == 0:
+        keep_rows(folder / "samples.jsonl", lambda row: row["step"] < start)
 
     # ---------------------------------------------------------------- loop
     rejected: Counter[str] = Counter()
@@ -151,54 +179,61 @@ def run(config: Rl) -> Path:
         start=start,
         whole=True,
         workers=config.workers,
+        share=(me, processes),
     )
-    with progress(total_steps, "rl", initial=start) as advance:
+    with stopping() as asked, progress(total_steps, "rl", initial=start) as advance:
         for step, (waited, built) in enumerate(timed(todo), start):
             began = time.monotonic()
             rejected.update(one.reason for one in built if isinstance(one, SampleRejected))
-            pairs = [one for one in built if not isinstance(one, SampleRejected)]
-            if not pairs:
-                raise ValueError(f"step {step}: all {len(built)} prompts were rejected, the first one: {built[0]}")
+            prompts = {me + i * processes: one for i, one in enumerate(built) if not isinstance(one, SampleRejected)}
+            models = copies(mesh, state["trained"] | frozen, config.dtype)
             if config.trained == "language":
-                pairs = looked_at(config, sampler, frozen | state["trained"], pairs)
-            groups = _roll_out(config, sampler, state["trained"] | frozen, pairs, step)
+                prompts = looked_at(config, sampler, models, prompts)
+            ours = _roll_out(config, sampler, models, prompts, step, checkpoints, asked)
+            if exchange(np.array([asked()])).any():
+                if checkpoints.latest() != step and step:
+                    checkpoints.save(step, state, {"step": step})
+                checkpoints.close()
+                raise Stopped(f"saved after step {step} of {total_steps}, with what is finished of the next")
+            groups = sorted(gather([group.light() for group in ours]), key=lambda group: group.number)
+            if not groups:
+                raise ValueError(f"step {step}: all {len(built)} prompts were rejected, the first one: {built[0]}")
             rolled = time.monotonic()
 
             clip = np.float32(config.epsilon)
             if config.clip == "dynamic":
                 clip = clip_schedule(step + 1, total_steps, config.epsilon)
             rate = learning_rate(config.optim, step, total_steps)
-            parts = [
-                groups[i : i + config.prompts_per_update] for i in range(0, len(groups), config.prompts_per_update)
-            ]
+            parts = range(config.prompts_per_step // config.prompts_per_update)
+            in_part = [[group for group in ours if group.number // config.prompts_per_update == i] for i in parts]
             # All old log-probs come from the policy that sampled: before the first update, which needs none.
-            params = state["trained"] | frozen
-            scored = [list(_scored(config, sampler, params, part, first=not i)) for i, part in enumerate(parts)]
-            sums: list[dict] = []
-            for part, micro_batches in zip(parts, scored, strict=True):
-                grads = jax.tree.map(jnp.zeros_like, state["trained"])
-                total = len(part) * config.group_size
-                if config.loss_mean == "token":
-                    total = sum(int(group.lengths.sum()) for group in part)
-                for batch, done in micro_batches:
+            scored = [_scored(config, sampler, models, part, first=not i) for i, part in enumerate(in_part)]
+            del models
+            sums: list[list[dict]] = []
+            for i in parts:
+                lengths = [group.lengths for group in groups if group.number // config.prompts_per_update == i]
+                total = sum(int(one.sum()) if config.loss_mean == "token" else len(one) for one in lengths)
+                sums.append([])
+                for batch, done in _rounds(config, sampler, mesh, scored[i], ours, first=not i):
                     grads, seen = accumulate(
                         state["trained"], frozen, grads, batch, done, np.float32(config.sampling.temperature),
                         sampler.vocabulary.banned, clip, np.float32(total),
-                        model_config=model_config, remat=config.remat, mean=config.loss_mean,
+                        model_config=model_config, remat=config.remat, mean=config.loss_mean, mesh=mesh,
                     )  # fmt: skip
-                    sums.append(seen)
-                if micro_batches:  # groups of equal rewards have no gradient
-                    state["trained"], state["opt_state"], norm = update(
-                        state["trained"], state["opt_state"], grads, np.float32(rate)
+                    sums[i].append(seen)
+                if sums[i]:  # groups of equal rewards have no gradient
+                    state["trained"], state["opt_state"], norm, grads = update(
+                        state["trained"], state["opt_state"], grads, np.float32(rate), optim=config.optim, mesh=mesh
                     )
-                    sums[-1] = sums[-1] | {"grad_norm": norm}
-            scalars = _summary(groups, jax.device_get(sums), len(scored[0]), clip)
+                    sums[i][-1] |= {"grad_norm": norm}
+            scalars = _summary(groups, jax.device_get(sums), clip)
             scalars |= {"train/learning_rate": rate, "perf/rollout_seconds": rolled - began}
-            scalars |= {"rollout/idle_share": 1 - sampler.used_steps / sampler.slot_steps}
+            scalars |= {"rollout/idle_share": 1 - sampler.used_steps / max(1, sampler.slot_steps)}
             scalars |= {"perf/update_seconds": time.monotonic() - rolled, "perf/input_seconds": waited}
             scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
             metrics.write(step, scalars)
-            append_rows(folder / "samples.jsonl", (_row(step, group, folder) for group in groups[:4]))
+            if me == 0:
+                append_rows(folder / "samples.jsonl", (_row(step, group, folder) for group in ours[:4]))
             if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
                 checkpoints.save(step + 1, state, {"step": step + 1})
             advance(note=f"reward {scalars['reward/total']:.3f} right {scalars['reward/safety']:.3f}")
@@ -216,78 +251,135 @@ def look(params, vision: Vision, *, model_config: QwenVLConfig):
     return bind(model_config, params).visual(vision, model_config.dtype)
 
 
-def looked_at(config: Rl, sampler: Sampler, params, pairs: list[tuple[Sample, Example]]) -> list:
-    """The pairs with what a frozen tower makes of their pictures: once for rollout, scoring and all updates."""
-    seen = list(pairs)
-    with_pictures = [number for number, (_, prompt) in enumerate(pairs) if len(prompt.grids)]
-    prompts, lengths = [pairs[number][1] for number in with_pictures], config.buckets.prompt
-    for indices, batch in batch_prompts(prompts, rows=config.prompts, lengths=lengths, layout=sampler.layout):
+def looked_at(config: Rl, sampler: Sampler, models: list[dict], prompts: dict) -> dict[int, tuple[Sample, Example]]:
+    """The prompts with what a frozen tower makes of their pictures: once for rollout, scoring and all updates."""
+    seen = dict(prompts)
+    with_pictures = [index for index, (_, prompt) in prompts.items() if len(prompt.grids)]
+    examples, lengths = [prompts[index][1] for index in with_pictures], config.buckets.prompt
+    batches = batch_prompts(examples, rows=config.prompts, lengths=lengths, layout=sampler.layout)
+    for number, (places, batch) in enumerate(batches):
+        params = models[number % len(models)]
         merged = np.asarray(look(params, batch.vision, model_config=sampler.model_config))
-        for row, index in enumerate(indices):
-            at, (sample, prompt) = batch.image_index[row], pairs[with_pictures[index]]
-            seen[with_pictures[index]] = (sample, prompt._replace(merged=merged[at[at >= 0]]))
+        for row, place_ in enumerate(places):
+            at, (sample, prompt) = batch.image_index[row], prompts[with_pictures[place_]]
+            seen[with_pictures[place_]] = (sample, prompt._replace(merged=merged[at[at >= 0]]))
     return seen
 
 
-def _roll_out(config: Rl, sampler: Sampler, params, pairs: list[tuple[Sample, Example]], step: int) -> list[Group]:
-    """A rewarded group for every prompt, in the order of `pairs`."""
+def _roll_out(
+    config: Rl, sampler: Sampler, models: list[dict], prompts: dict[int, tuple[Sample, Example]], step: int,
+    checkpoints: Checkpoints, asked: Callable[[], bool],
+) -> list[Group]:  # fmt: skip
+    """A rewarded group for every prompt of this process, in their order: what a killed run has finished of this step,
+    and the rest anew. Asked to stop: those that are finished, which are kept."""
     groups: dict[int, Group] = {}
-    prompts = [prompt for _, prompt in pairs]
-    for indices, rollout in sampler(params, prompts, group_size=config.group_size, seed=config.seed, step=step):
+
+    def add(indices: Iterable[int], rollout: Rollout) -> None:
         for row, (index, texts) in enumerate(zip(indices, sampler.texts(rollout), strict=True)):
-            sample, prompt = pairs[index]
-            stopped = rollout.stopped[row]
-            rewards = [
-                length_aware_reward(
-                    text, sample.request_label, sample.response_label, beta=config.beta, max_length=config.max_length,
-                    rule=config.reward, finished=bool(why != BUDGET),
-                )
-                for text, why in zip(texts, stopped, strict=True)
-            ]  # fmt: skip
-            totals = np.array([[reward.total for reward in rewards]], np.float32)
-            advantages = np.asarray(group_advantages(totals, config.std_epsilon))[0]
-            drawn = (rollout.tokens[row], rollout.logprobs[row], rollout.lengths[row], stopped)
-            groups[index] = Group(sample, prompt, *drawn, texts, rewards, advantages)
-    return [groups[index] for index in range(len(pairs))]
+            if index in prompts:  # else it is another process's
+                groups[index] = _rewarded(config, index, *prompts[index], Rollout(*(a[row] for a in rollout)), texts)
+
+    kept = checkpoints.parts(step)
+    for part in kept:
+        add(part.pop("index").tolist(), Rollout(**part))
+    left = [index for index in prompts if index not in groups]
+    fresh: list[tuple[list[int], Rollout]] = []
+    written, saved_at = len(kept), time.monotonic()
+    rollouts = sampler(
+        models, [prompts[index][1] for index in left], group_size=config.group_size, seed=config.seed, step=step,
+        names=left,
+    )  # fmt: skip
+    for places, rollout in rollouts:
+        fresh.append(([left[place_] for place_ in places], rollout))
+        add(*fresh[-1])
+        if asked() or time.monotonic() - saved_at > KEEP_EVERY:
+            arrays = {name: np.concatenate([getattr(one, name) for _, one in fresh]) for name in Rollout._fields}
+            indices = np.array([index for some, _ in fresh for index in some])
+            checkpoints.keep_part(step, written, {"index": indices, **arrays})
+            fresh, written, saved_at = [], written + 1, time.monotonic()
+        if asked():
+            break
+    return [groups[index] for index in prompts if index in groups]
 
 
-def _scored(config: Rl, sampler: Sampler, params, groups: list[Group], first: bool) -> Iterator:
+def _rewarded(config: Rl, index: int, sample: Sample, prompt: Example, rollout: Rollout, texts: list[str]) -> Group:
+    """rollout: of this prompt alone, tokens i32[R, J]."""
+    rewards = [
+        length_aware_reward(
+            text, sample.request_label, sample.response_label, beta=config.beta, max_length=config.max_length,
+            rule=config.reward, finished=bool(why != BUDGET),
+        )
+        for text, why in zip(texts, rollout.stopped, strict=True)
+    ]  # fmt: skip
+    totals = np.array([[reward.total for reward in rewards]], np.float32)
+    advantages = np.asarray(group_advantages(totals, config.std_epsilon))[0]
+    drawn = (rollout.tokens, rollout.logprobs, rollout.lengths, rollout.stopped)
+    return Group(index, sample, prompt, *drawn, texts, rewards, advantages)
+
+
+def _scored(config: Rl, sampler: Sampler, models: list[dict], groups: list[Group], first: bool) -> list:
     """Micro-batches (Batch, Completions) of the groups that have a gradient: those whose rewards differ.
 
     first: for the first update of a step, whose old log-probs are its own.
     """
     useful = [group for group in groups if np.any(group.advantages != 0)]
-    prompts = [group.prompt for group in useful]
-    temperature = np.float32(config.sampling.temperature)
-    for indices, batch in batch_prompts(
-        prompts, rows=config.prompts, lengths=config.buckets.prompt, layout=sampler.layout
+    prompts = [group.prompt for group in useful if group.prompt is not None]
+    temperature, banned = np.float32(config.sampling.temperature), sampler.vocabulary.banned
+    scored = []
+    for number, (indices, batch) in enumerate(
+        batch_prompts(prompts, rows=config.prompts, lengths=config.buckets.prompt, layout=sampler.layout)
     ):
         members = [useful[i] for i in indices]
         longest = max(int(group.lengths.max()) for group in members)
         length = min((size for size in config.buckets.completion if size >= longest), default=longest)
-        shape = (config.prompts, config.group_size, length)
-        tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        advantages, sampled, old = (
-            np.zeros(shape[:2], np.float32),
-            np.zeros(shape, np.float32),
-            np.zeros(shape, np.float32),
-        )
+        done = _completions(config, length, first)
         for row, group in enumerate(members):
             width = min(length, group.tokens.shape[1])
-            tokens[row, :, :width], sampled[row, :, :width] = group.tokens[:, :width], group.logprobs[:, :width]
-            mask[row] = np.arange(length)[None] < group.lengths[:, None]
-            advantages[row] = group.advantages
-        if not first:
-            banned = sampler.vocabulary.banned
-            old = np.asarray(score(params, batch, tokens, temperature, banned, mask, config=sampler.model_config))
-        yield batch, Completions(tokens, mask, advantages, sampled, old, np.asarray(first))
+            done.tokens[row, :, :width], done.sampled[row, :, :width] = (
+                group.tokens[:, :width],
+                group.logprobs[:, :width],
+            )
+            done.mask[row] = np.arange(length)[None] < group.lengths[:, None]
+            done.advantages[row] = group.advantages
+        if not first:  # read below, when all devices have something to do
+            params, options = models[number % len(models)], {"config": sampler.model_config}
+            done = done._replace(
+                old_logprobs=score(params, batch, done.tokens, temperature, banned, done.mask, **options)
+            )
+        scored.append((batch, done))
+    return [(batch, done._replace(old_logprobs=np.asarray(done.old_logprobs))) for batch, done in scored]
 
 
-def _summary(groups: list[Group], sums: list[dict], on_policy: int, clip) -> dict[str, float]:
+def _completions(config: Rl, length: int, first: bool) -> Completions:
+    """Room for the completions of a micro-batch."""
+    shape = (config.prompts, config.group_size, length)
+    return Completions(
+        np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape[:2], np.float32), np.zeros(shape, np.float32),
+        np.zeros(shape, np.float32), np.asarray(first),
+    )  # fmt: skip
+
+
+def _rounds(config: Rl, sampler: Sampler, mesh: Mesh, scored: list, ours: list[Group], first: bool) -> Iterator:
+    """(Batch, Completions) of all devices of all processes, one micro-batch of each after the other."""
+    parts, bound = len(own_parts(mesh)), config.prompts_per_update // jax.process_count()
+    merged = next((group.prompt.merged for group in ours if group.prompt and group.prompt.merged is not None), None)
+    rounds = in_rounds(scored, parts, lambda one: (*shape_of(one[0]), one[1].tokens.shape[2]))
+    shapes, _ = agree([shape for shape, _ in rounds], bound)
+    for number, (*shape, length) in enumerate(shapes):
+        some = rounds[number][1] if number < len(rounds) else []
+        padded = []
+        for batch, done in some + [(None, _completions(config, length, first))] * (parts - len(some)):
+            more = ((0, 0), (0, 0), (0, length - done.tokens.shape[2]))
+            done = Completions(*(np.pad(array, more) if array.ndim == 3 else array for array in done))
+            padded.append((fitted(batch, shape, sampler.layout, merged), done))
+        yield place(mesh, padded)
+
+
+def _summary(groups: list[Group], sums: list[list[dict]], clip) -> dict[str, float]:
     """One step's metrics: rewards over all completions, ratios over the tokens that were trained.
 
-    sums: of every micro-batch; the first `on_policy` of them are the first update's, where sampler and trainer agree
-    but for rounding: train/sampler_gap is their mean |difference| of log-probs.
+    sums: of each update, of each of its micro-batches, a number for each part of the mesh. In the first update sampler
+    and trainer agree but for rounding: train/sampler_gap is their mean |difference| of log-probs.
     """
     rewards = [reward for group in groups for reward in group.rewards]
     summary = {f"reward/{name}": float(np.mean([getattr(r, name) for r in rewards])) for name in RewardParts._fields}
@@ -304,19 +396,23 @@ def _summary(groups: list[Group], sums: list[dict], on_policy: int, clip) -> dic
         right = [getattr(reward, task) == 1 for reward in rewards]  # a completion without a verdict is wrong
         said = [label == is_right for label, is_right in zip(gold, right, strict=True)]
         summary[f"rollout/f1_{task}"] = float(f1_score(gold, said, zero_division=0.0))
-    if sums:
-        first = sums[:on_policy]
-        tokens = sum(float(s["tokens"]) for s in sums)
+    every = [one for of_update in sums for one in of_update]
+    if every:
+
+        def total(name: str, of: list[dict] = every) -> float:
+            return float(sum(one[name].sum() for one in of))
+
+        tokens = total("tokens")
         summary |= {
-            "train/sampler_gap": sum(float(s["gap"]) for s in first) / max(1, sum(float(s["tokens"]) for s in first)),
-            "train/loss": sum(float(s["loss"]) for s in sums),
-            "train/grad_norm": float(np.mean([s["grad_norm"] for s in sums if "grad_norm" in s])),
-            "train/clip": float(sums[0]["clip_low"]),  # as the loss saw it
-            "train/ratio": sum(float(s["ratio"]) for s in sums) / tokens,
-            "train/ratio_max": max(float(s["ratio_max"]) for s in sums),
-            "train/clipped": sum(float(s["clipped"]) for s in sums) / tokens,
-            "train/approx_kl": sum(float(s["approx_kl"]) for s in sums) / tokens,
-            "train/entropy": sum(float(s["entropy"]) for s in sums) / tokens,
+            "train/sampler_gap": total("gap", sums[0]) / max(1.0, total("tokens", sums[0])),
+            "train/loss": total("loss"),
+            "train/grad_norm": float(np.mean([one["grad_norm"] for one in every if "grad_norm" in one])),
+            "train/clip": float(every[0]["clip_low"][0]),  # as the loss saw it
+            "train/ratio": total("ratio") / tokens,
+            "train/ratio_max": max(float(one["ratio_max"].max()) for one in every),
+            "train/clipped": total("clipped") / tokens,
+            "train/approx_kl": total("approx_kl") / tokens,
+            "train/entropy": total("entropy") / tokens,
         }
     return summary
 

@@ -3,7 +3,10 @@
 What is compiled stands in `decoding`; `Sampler` feeds it prompts of any length and number.
 """
 
+import copy
 import functools
+import queue
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -140,7 +143,7 @@ class Sampler:
 
     def __call__(
         self,
-        params,
+        params: dict | Sequence[dict],
         prompts: Sequence[Example],
         *,
         group_size: int = 1,
@@ -152,6 +155,8 @@ class Sampler:
     ) -> Iterator[tuple[list[int], Rollout]]:
         """Completions of all prompts, those that are finished first: (indices of prompts, Rollout of host arrays).
 
+        params: those of the model; or several `copies` on devices of their own, each of which takes its share.
+
         Prompts are computed in packed rows. One that finishes makes room for the next, so a long answer holds up its
         own slot alone. The draws of a prompt depend on (seed, step, its name) alone; names default to the
         indices. has_response, fast: for the forced close; fast: no reasoning, the labels and nothing else.
@@ -162,8 +167,47 @@ class Sampler:
         if fast:
             assert self.closing is not None
             prompts = [_extended(prompt, self.closing.opening) for prompt in prompts]
-        if prompts:
-            yield from self._refilled(params, prompts, keys, answered, fast)
+        several = list(params) if not isinstance(params, dict) else [params]
+        if len(several) > 1:
+            yield from self._at_once(several, prompts, keys, answered, fast)
+        elif prompts:
+            yield from self._refilled(several[0], prompts, keys, answered, fast)
+
+    def _at_once(self, several: list[dict], prompts: Sequence[Example], keys, answered, fast: bool):
+        """A thread for each copy of the model: no device waits for another."""
+        finished: queue.SimpleQueue = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work(number: int, params: dict) -> None:
+            mine = list(range(number, len(prompts), len(several)))
+            one, device = copy.copy(self), min(jax.tree.leaves(params)[0].devices(), key=lambda device: device.id)
+            try:
+                with jax.default_device(device):
+                    shares = [prompts[i] for i in mine], keys[mine], answered[mine]
+                    for indices, rollout in one._refilled(params, *shares, fast) if mine else ():
+                        finished.put(([mine[i] for i in indices], rollout))
+                        if stop.is_set():
+                            break
+                finished.put(one)
+            except BaseException as error:  # the reader raises it
+                finished.put(error)
+
+        for number, params in enumerate(several):
+            threading.Thread(target=work, args=(number, params), daemon=True).start()
+        left = len(several)
+        try:
+            while left:
+                item = finished.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if isinstance(item, Sampler):
+                    left -= 1
+                    self.slot_steps += item.slot_steps
+                    self.used_steps += item.used_steps
+                else:
+                    yield item
+        finally:
+            stop.set()
 
     def _prefilled(self, params, shared, prompts: Sequence[Example], S: int) -> Iterator[tuple]:
         """Prompts one after the other, computed in packed micro-batches when the first of one is asked for."""
@@ -183,8 +227,8 @@ class Sampler:
             )
         S = bucket - len(self.layout.shared)
         shared = instruction(params, np.array(self.layout.shared, np.int32), config=self.model_config)
-        queue = self._prefilled(params, shared, prompts, S)
-        waiting = next(queue, None)
+        line = self._prefilled(params, shared, prompts, S)
+        waiting = next(line, None)
         J, longest = min(CHUNK, budget), -(-budget // CHUNK) * CHUNK
         state = empty_state(self.model_config, B, R, S, J, budget)
         prompt, begun = np.full(B, -1), np.zeros(B, int)  # of a row: whose it is, completions begun
@@ -196,7 +240,7 @@ class Sampler:
                 kept, entering = waiting[1], []
                 while waiting is not None and free and waiting[1] is kept:
                     entering.append((free.pop(0), waiting[0]))
-                    waiting = next(queue, None)
+                    waiting = next(line, None)
                 state = self._enter(state, entering, prompts, kept)
                 for row, place in entering:
                     prompt[row], begun[row] = place.prompt, 0

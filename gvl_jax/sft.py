@@ -9,15 +9,17 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gvl_jax.checkpoint import Checkpoints
-from gvl_jax.config import Sft
+from gvl_jax.config import ConfigError, Sft
 from gvl_jax.data.loader import SampleRejected, step_count, steps, to_example
-from gvl_jax.data.packing import Layout, blank, pack, tail_rows
+from gvl_jax.data.packing import Layout, fitted, in_rounds, pack, shape_of, tail_rows
 from gvl_jax.data.records import load_records
 from gvl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gvl_jax.guard.prompt import answer_text, instruction_ids
@@ -25,23 +27,26 @@ from gvl_jax.losses import next_token_logprobs, sft_loss
 from gvl_jax.metrics import CompileCounter, MetricsWriter, compile_ahead, progress, throughput, timed
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve, save_params
-from gvl_jax.models.qwen_vl.model import bind
-from gvl_jax.optim import apply_updates, learning_rate, optimizer, split_trained
-from gvl_jax.run_folder import open_run
+from gvl_jax.models.qwen_vl.model import abstract_params, bind
+from gvl_jax.optim import begin, learning_rate, split_trained, update
+from gvl_jax.run_folder import Stopped, done_already, open_run, stopping
+from gvl_jax.sharding import agree, make_mesh, own_parts, place, shardings, value_and_grad
 from gvl_jax.types import Batch, Example, Remat, Sample
 
 
-@functools.partial(jax.jit, static_argnames=("model_config", "remat"), donate_argnames=("grads",))
-def accumulate(trained, frozen, grads, batch: Batch, total, *, model_config: QwenVLConfig, remat: Remat):
-    """Add the gradient of one micro-batch. → (grads, its share of the loss)."""
+@functools.partial(jax.jit, static_argnames=("model_config", "remat", "mesh"), donate_argnames=("grads",))
+def accumulate(
+    trained, frozen, grads, batch: Batch, total, *, model_config: QwenVLConfig, remat: Remat, mesh: Mesh | None = None
+):
+    """Add the gradient of one micro-batch, a part of it on each part of the mesh. → (grads, its share of the loss)."""
 
-    def loss_of(trained):
-        model = bind(model_config, trained | frozen)
+    def loss_of(params, batch, total):
+        model = bind(model_config, params)
         hidden = model(batch, remat=remat)
         logprobs = next_token_logprobs(hidden, model.head_kernel(), batch.tokens, batch.loss_mask)
-        return sft_loss(logprobs, batch.loss_mask, total)
+        return sft_loss(logprobs, batch.loss_mask, total), ()
 
-    loss, new = jax.value_and_grad(loss_of)(trained)
+    loss, _, new = value_and_grad(loss_of, mesh, trained, frozen, batch, total)
     return jax.tree.map(jnp.add, grads, new), loss
 
 
@@ -62,13 +67,22 @@ def build(config: Sft, tokenizer: Tokenizer, sample: Sample) -> Example | Sample
         return rejection
 
 
-def packed(
-    built: list[Example | SampleRejected], *, rows: int, length: int, layout: Layout, groups: int
-) -> tuple[list[Batch], list[SampleRejected]]:
-    """A step as the device gets it, and what was rejected of it."""
+class Step(NamedTuple):
+    """What this process reads of a step."""
+
+    rounds: list[tuple[tuple, list[Batch]]]  # see `in_rounds`
+    counts: tuple[int, int, int]  # answer tokens, tokens, samples rejected
+    rejected: list[SampleRejected]
+
+
+def packed(built: list[Example | SampleRejected], *, rows: int, length: int, layout: Layout, parts: int) -> Step:
+    """Micro-batches for `parts` devices, and what was rejected."""
     examples = [one for one in built if isinstance(one, Example)]
-    batches = pack(examples, rows=rows, length=length, layout=layout, tail=tail_rows(rows, groups), groups=groups)
-    return batches, [one for one in built if isinstance(one, SampleRejected)]
+    rejected = [one for one in built if isinstance(one, SampleRejected)]
+    batches = pack(examples, rows=rows, length=length, layout=layout, tail=tail_rows(rows))
+    answers = sum(int(batch.loss_mask.sum()) for batch in batches)
+    tokens = sum(int((batch.segments > 0).sum()) + len(layout.shared) for batch in batches)
+    return Step(in_rounds(batches, parts, shape_of), (answers, tokens, len(rejected)), rejected)
 
 
 def run(config: Sft) -> Path:
@@ -79,7 +93,7 @@ def run(config: Sft) -> Path:
     """
     folder = open_run(config, "model", "train", "output")
     target = folder / "model"
-    if target.exists():
+    if done_already(target):
         return target
 
     # ---------------------------------------------------------------- data
@@ -88,23 +102,23 @@ def run(config: Sft) -> Path:
     samples = [sample for path in config.train for sample in load_records(path)][: config.limit]
 
     # ---------------------------------------------------------------- model and optimizer
+    mesh = make_mesh(config.mesh)
+    parts, processes = own_parts(mesh), jax.process_count()
+    if config.global_batch % processes:
+        raise ConfigError(f"global_batch {config.global_batch} does not divide by {processes} processes")
     model_config = replace(load_config(source), dtype=config.dtype)
     shared = tuple(instruction_ids(tokenizer))
     layout = Layout(tokenizer.image_pad, config.buckets.patches, model_config.vision.window_size, shared)
     length = config.max_length - len(shared)  # of a row, without the instruction
-    params = jax.tree.map(jnp.asarray, load_params(source, model_config, dtype=np.float32))
+    where = shardings(mesh, abstract_params(model_config))
+    params = load_params(source, model_config, dtype=np.float32, shardings=where)
     trained, frozen = split_trained(params, config.trained)
-    state = {"trained": trained, "opt_state": optimizer(config.optim).init(trained)}
-    zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def update(trained, opt_state, grads, rate):
-        """→ also zeros, in the memory of the gradients, for the next step's."""
-        return *apply_updates(config.optim, trained, opt_state, grads, rate), zeros(grads)
+    state, grads = begin(config.optim, trained, mesh)
+    del params, trained
 
     # ---------------------------------------------------------------- where a killed run goes on
     total_steps = step_count(len(samples), config.global_batch, config.epochs)
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, config.checkpoints)
     start = 0
     if checkpoints.latest() is not None:
         state, meta = checkpoints.restore(state)
@@ -112,31 +126,36 @@ def run(config: Sft) -> Path:
     metrics = MetricsWriter(folder, resume_step=start - 1 if start else None)
 
     # ---------------------------------------------------------------- input, prepared ahead of the loop
-    groups = jax.device_count() if config.rows % jax.device_count() == 0 else 1
-    todo = steps(
+    todo = timed(steps(
         samples, functools.partial(build, config, tokenizer), per_step=config.global_batch, epochs=config.epochs,
-        seed=config.seed, start=start, workers=config.workers,
-        finish=functools.partial(packed, rows=config.rows, length=length, layout=layout, groups=groups),
-    )  # fmt: skip
+        seed=config.seed, start=start, workers=config.workers, share=(jax.process_index(), processes),
+        finish=functools.partial(packed, rows=config.rows, length=length, layout=layout, parts=len(parts)),
+    ))  # fmt: skip
 
     # ---------------------------------------------------------------- every shape that will come, compiled
     compiles = CompileCounter()
     buckets = config.buckets.patches if any(sample.images for sample in samples) else ()
-    shapes = {(tail_rows(config.rows, groups), 0), *((config.rows, patches) for patches in (0, *buckets))}
-    micro_step, update = compiles.watch(accumulate, expected=len(shapes)), compiles.watch(update)
-    static = {"model_config": model_config, "remat": config.remat}
-    grads, one = zeros(state["trained"]), np.float32(1)
+    shapes = {(0, tail_rows(config.rows), length), *((patches, config.rows, length) for patches in (0, *buckets))}
+    micro_step, step_update = compiles.watch(accumulate, expected=len(shapes)), compiles.watch(update)
+    static = {"model_config": model_config, "remat": config.remat, "mesh": mesh}
+    in_update: dict[str, Any] = {"optim": config.optim, "mesh": mesh}
+
+    def placed(shape: tuple, some: list[Batch]) -> Batch:
+        padded = [fitted(batch, shape, layout) for batch in some]
+        return place(mesh, padded + [fitted(None, shape, layout)] * (len(parts) - len(padded)))
+
+    one = np.float32(1)
     calls = {
         f"{rows} rows, {patches} patches": (
-            micro_step, (state["trained"], frozen, grads, blank(rows, length, patches, layout), one), static
+            micro_step, (state["trained"], frozen, grads, placed((patches, rows, width), []), one), static
         )
-        for rows, patches in sorted(shapes)
+        for patches, rows, width in sorted(shapes)
     }  # fmt: skip
-    compile_ahead(calls | {"update": (update, (state["trained"], state["opt_state"], grads, one), {})})
+    compile_ahead(calls | {"update": (step_update, (state["trained"], state["opt_state"], grads, one), in_update)})
 
     # ---------------------------------------------------------------- loop
     rejected: Counter[str] = Counter()
-    with progress(total_steps, "sft", initial=start) as advance:
+    with stopping() as asked, progress(total_steps, "sft", initial=start) as advance:
         read_at = time.monotonic()
 
         def read(step: int, scalars: dict, tokens: int, slots: int) -> None:
@@ -149,24 +168,36 @@ def run(config: Sft) -> Path:
             advance(note=f"loss {loss:.3f}")
 
         unread = None  # the last step: read when the device has the next one to compute, so that it never waits
-        for step, (waited, (batches, refused)) in enumerate(timed(todo), start):
-            rejected.update(one.reason for one in refused)
-            if not batches and not step:
-                raise ValueError(f"all {len(refused)} samples of the first step were rejected, the first: {refused[0]}")
-            total = np.float32(sum(int(batch.loss_mask.sum()) for batch in batches))
+        for step in range(start, total_steps):
+            waited, ours = next(todo, (0.0, Step([], (0, 0, 0), [])))  # the last step may have nothing for this process
+            rejected.update(one.reason for one in ours.rejected)
+            needs = [shape for shape, _ in ours.rounds]
+            rounds, (answers, tokens, refused, stop) = agree(
+                needs, config.global_batch // processes, *ours.counts, asked()
+            )
+            if stop:
+                if unread:
+                    read(*unread)
+                checkpoints.save(step, state, {"step": step})
+                checkpoints.close()
+                raise Stopped(f"saved after step {step} of {total_steps}")
+            if not rounds and not step:
+                raise ValueError(
+                    f"all {refused} samples of the first step were rejected, the first: {ours.rejected[0]}"
+                )
             loss = jnp.zeros(())
-            for batch in batches:
-                grads, share = micro_step(state["trained"], frozen, grads, batch, total, **static)
+            for number, shape in enumerate(rounds):
+                batch = placed(shape, ours.rounds[number][1] if number < len(ours.rounds) else [])
+                grads, share = micro_step(state["trained"], frozen, grads, batch, np.float32(answers), **static)
                 loss = loss + share
             rate = learning_rate(config.optim, step, total_steps)
-            state["trained"], state["opt_state"], grad_norm, grads = update(
-                state["trained"], state["opt_state"], grads, np.float32(rate)
+            state["trained"], state["opt_state"], grad_norm, grads = step_update(
+                state["trained"], state["opt_state"], grads, np.float32(rate), **in_update
             )
             scalars = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": grad_norm}
             scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
             scalars["perf/input_seconds"] = waited
-            tokens = sum(int((batch.segments > 0).sum()) + len(shared) for batch in batches)
-            slots = sum(batch.tokens.size + len(shared) for batch in batches)
+            slots = sum(rows * width + len(shared) for _, rows, width in rounds) * mesh.size // config.mesh.tensor
             if unread:
                 read(*unread)
             unread = (step, scalars, tokens, slots)

@@ -26,28 +26,31 @@ def part(path):
 STAGES = {"sft", "mine", "rl", "evaluate", "moderate"}
 TOOLS = {
     "types", "config", "guard", "data", "models", "losses", "optim", "decoding", "sampler", "checkpoint", "metrics",
-    "run_folder",
+    "run_folder", "sharding",
 }  # fmt: skip
 MAY_IMPORT = {
     "types": set(),
     "config": {"types"},
+    "sharding": {"types", "config"},
     "guard": {"types"},
     "data": {"types", "config", "guard"},
-    "models": {"types"},
+    "models": {"types", "sharding"},
     "losses": set(),
-    "optim": {"config"},
+    "optim": {"config", "sharding"},
     "decoding": {"types", "guard", "models"},
     "sampler": {"types", "config", "guard", "data", "models", "losses", "decoding"},
     "checkpoint": set(),
     "metrics": set(),
-    "run_folder": {"types", "config", "guard"},
+    "run_folder": {"types", "config", "guard", "sharding"},
     "report": set(),
     "cost": {"models"},
+    "machine": {"sharding"},
+    "doctor": {"machine", "data", "models"},
     **{stage: TOOLS for stage in STAGES},
     "demo": TOOLS | STAGES | {"report"},
     "bench": TOOLS | {"sft", "rl", "cost"},
     "buckets": TOOLS | {"sft"},
-    "cli": TOOLS | STAGES | {"report", "demo", "bench", "buckets"},
+    "cli": TOOLS | STAGES | {"report", "demo", "bench", "buckets", "doctor"},
     "__init__": TOOLS | STAGES,  # the public names: gvl_jax.Guard
 }
 DATA = sorted({path.stem for path in FILES if part(path) == "data"} - {"__init__", "loader"})  # grain imports jax

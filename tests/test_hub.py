@@ -472,19 +472,29 @@ def test_config_keeps_everything_but_the_dtype(checkpoint, tmp_path):
     assert before == after
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shard_has_the_bytes_that_the_library_writes(checkpoint, tmp_path, dtype):
+    source = checkpoint()
+    config = load_config(source)
+    save_params(tmp_path / "out", load_params(source, config), config, dtype=dtype, max_shard_bytes=20_000)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        save_file(load_file(file), tmp_path / "theirs", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_an_interrupted_save_leaves_no_checkpoint_and_can_be_repeated(checkpoint, tmp_path, monkeypatch):
     source = checkpoint()
     config = load_config(source)
     params = load_params(source, config)
-    written = []
+    write, written = hub._write_shard, []
 
-    def die_at_the_third(tensors, path, metadata):
+    def die_at_the_third(path, *what):
         written.append(path)
         if len(written) == 3:
             raise KeyboardInterrupt
-        save_file(tensors, path, metadata)
+        write(path, *what)
 
-    monkeypatch.setattr(hub, "save_file", die_at_the_third)
+    monkeypatch.setattr(hub, "_write_shard", die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         save_params(tmp_path / "out", params, config, max_shard_bytes=20_000)
     assert not (tmp_path / "out").exists()

@@ -95,7 +95,7 @@ def update(world: World, prompt: Example, *, shared: bool) -> Callable[[], tuple
                 np.float32(10), np.float32(work.group_size),  # the clip: so wide that no token stands at its edge
                 model_config=world.config, remat="none", mean="sequence",
             )  # fmt: skip
-            loss += float(metrics["loss"])
+            loss += float(metrics["loss"][0])
         return loss, jax.block_until_ready(grads)
 
     return step

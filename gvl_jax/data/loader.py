@@ -73,18 +73,23 @@ def steps(
     whole: bool = False,
     finish: Callable[[list], Any] = list,
     workers: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator:
     """What a run reads, from step `start`: shuffled anew each epoch, `per_step` samples a step.
 
     Samples are built in `workers` threads (None: one per core, at most 16), and `finish` makes a step of what is
     built in one more, two steps ahead of the reader. A step is a function of (samples, per_step, epochs, seed, its
     number) and nothing else, so a resumed run reads on exactly where it stopped.
-    whole: leave out a last step that is not full.
+    whole: leave out a last step that is not full. share: (i, n): only every n-th sample of each step, from i, for the
+    i-th of n processes; n divides per_step. The last step of some may be empty, and is left out.
     """
-    workers = workers or min(16, os.cpu_count() or 1)
-    order = grain.MapDataset.source(samples).seed(seed).shuffle().repeat(epochs).map(build)[start * per_step :]
+    workers, (first, processes) = workers or min(16, os.cpu_count() or 1), share
+    order = grain.MapDataset.source(samples).seed(seed).shuffle().repeat(epochs)
+    if whole:
+        order = order[: len(order) // per_step * per_step]
+    order = order.map(build)[start * per_step + first :: processes]
     built = order.to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers))
-    ready = built.batch(per_step, drop_remainder=whole, batch_fn=list).map(finish)
+    ready = built.batch(per_step // processes, batch_fn=list).map(finish)
     iterator = iter(grain.experimental.ThreadPrefetchIterDataset(ready, prefetch_buffer_size=1))
     iterator.start_prefetch()
     return iterator

@@ -1,7 +1,7 @@
 """Examples → micro-batches of fixed shape: packed rows, one patch buffer in window order, images gathered by index."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,16 +52,16 @@ class Layout(NamedTuple):
         )
 
 
-def tail_rows(rows: int, groups: int = 1) -> int:
-    """Rows of the small micro-batches of text that end a step: a quarter of `rows`, as a multiple of `groups`.
+def tail_rows(rows: int) -> int:
+    """Rows of the small micro-batches of text that end a step: a quarter of `rows`.
 
     Without them half a micro-batch of every step is empty: 6 % of the tokens at 11 micro-batches a step.
     """
-    return max(groups, rows // 4 // groups * groups)
+    return max(1, rows // 4)
 
 
 def pack(
-    examples: Sequence[Example], *, rows: int, length: int, layout: Layout, tail: int | None = None, groups: int = 1
+    examples: Sequence[Example], *, rows: int, length: int, layout: Layout, tail: int | None = None
 ) -> list[Batch]:
     """Every example exactly once, whole, in micro-batches of shape [rows, length] or, with `tail`, of text in
     [tail, length]; see `assign`. What `layout.shared` takes off the examples does not count for `length`.
@@ -72,7 +72,7 @@ def pack(
     own = [_without_shared(example, layout) for example in examples]
     return [
         _assemble([[own[i] for i in row] for row in micro_batch], len(micro_batch), length, layout)
-        for micro_batch in assign(own, rows=rows, length=length, layout=layout, tail=tail, groups=groups)
+        for micro_batch in assign(own, rows=rows, length=length, layout=layout, tail=tail)
     ]
 
 
@@ -143,7 +143,7 @@ def pack_queue(
 
 
 def assign(
-    examples: Sequence[Example], *, rows: int, length: int, layout: Layout, tail: int | None = None, groups: int = 1
+    examples: Sequence[Example], *, rows: int, length: int, layout: Layout, tail: int | None = None
 ) -> list[list[list[int]]]:
     """Which example stands where: micro-batches of rows of indices into `examples`; an empty row is []. Deterministic.
 
@@ -152,8 +152,7 @@ def assign(
     of the text makes micro-batches of its own, for which the vision tower does not run. Of the buckets the one that
     computes least is filled, a merged token counted like a token.
 
-    tail: rows of the last micro-batches of text, where these need fewer than `rows`. groups: each of so many equal
-    parts of a micro-batch gets about as much to do, see `balanced_order`.
+    tail: rows of the last micro-batches of text, where these need fewer than `rows`.
     """
     largest = max(layout.patch_buckets)
     capacity = np.array([length, largest, layout.windows(largest)])
@@ -174,9 +173,6 @@ def assign(
 
     buckets = [size for size in sorted(layout.patch_buckets) if np.all(sums[:, 1:] <= (size, layout.windows(size)))]
     plan = min((_fill(sums, rows, tail or rows, (size, layout.windows(size))) for size in buckets), key=cost)
-    if groups > 1:
-        loads = sums[:, 0] + sums[:, 1] // UNIT
-        plan = [[members[i] for i in balanced_order(loads[members], groups)] for members in plan]
     return [[packed[row] for row in members] for members in plan]
 
 
@@ -196,20 +192,6 @@ def _fill(sums: np.ndarray, rows: int, tail: int, limit: tuple[int, int]) -> lis
         plan.append([*text[:size], *[empty] * (size - len(text))])
         del text[:size]
     return plan
-
-
-def balanced_order(loads: Sequence[int] | np.ndarray, groups: int) -> list[int]:
-    """An order of the rows in which `groups` equal parts have loads as equal as the greedy rule makes them: the
-    heaviest row first, each to the lightest part with room. Raises ValueError if the parts cannot be equal."""
-    if len(loads) % groups:
-        raise ValueError(f"{len(loads)} rows do not make {groups} equal groups; give a multiple as rows")
-    parts: list[list[int]] = [[] for _ in range(groups)]
-    sums = [0] * groups
-    for row in sorted(range(len(loads)), key=lambda row: (-loads[row], row)):
-        part = min((g for g in range(groups) if len(parts[g]) < len(loads) // groups), key=lambda g: sums[g])
-        parts[part].append(row)
-        sums[part] += int(loads[row])
-    return [row for part in parts for row in part]
 
 
 def propose_patch_buckets(patches: Sequence[int], count: int = 4) -> tuple[int, ...]:
@@ -268,6 +250,48 @@ def blank(rows: int, length: int, patches: int, layout: Layout) -> Batch:
         vision=_blank_vision(patches, layout) if patches else None,
         shared=np.array(layout.shared, np.int32) if layout.shared else None,
     )
+
+
+def fitted(batch: Batch | None, shape: Sequence[int], layout: Layout, merged: np.ndarray | None = None) -> Batch:
+    """A micro-batch (None: nothing) padded to a shape (patches, rows, length) at least as large as `shape_of` it.
+
+    merged: any Example.merged, if the pictures of a run come so: what stands for none at all is like it."""
+    patches, rows, length = shape
+    if batch is None:
+        batch = blank(rows, length, 0, layout)
+    if batch.vision is None and patches and merged is not None:
+        batch = batch._replace(vision=merged[:0])
+    below = ((0, rows - batch.tokens.shape[0]), (0, length - batch.tokens.shape[1]))
+    vision = batch.vision
+    if vision is None and patches:
+        vision = _blank_vision(patches, layout)
+    elif isinstance(vision, Vision) and len(vision.patches) < patches:
+        empty = _blank_vision(patches, layout)
+        for old, new in zip(vision, empty, strict=True):
+            new[: len(old)] = old
+        empty.windows[empty.windows == len(vision.patches)] = patches
+        vision = empty
+    elif vision is not None and not isinstance(vision, Vision):
+        vision = np.pad(vision, ((0, patches // UNIT - len(vision)), (0, 0)))
+    return Batch(
+        np.pad(batch.tokens, below), np.pad(batch.loss_mask, below), np.pad(batch.positions, ((0, 0), *below)),
+        np.pad(batch.segments, below), np.pad(batch.image_index, below, constant_values=-1), vision, batch.shared,
+    )  # fmt: skip
+
+
+def shape_of(batch: Batch) -> tuple[int, int, int]:
+    """(patches, rows, length) of a micro-batch: how two are compared that are computed at the same time."""
+    seen = batch.vision
+    patches = 0 if seen is None else len(seen.patches) if isinstance(seen, Vision) else UNIT * len(seen)
+    return patches, *batch.tokens.shape
+
+
+def in_rounds(batches: Sequence[Any], parts: int, shape: Callable[[Any], tuple[int, ...]]) -> list[tuple[tuple, list]]:
+    """Micro-batches that `parts` devices compute at the same time: (their common shape, up to `parts` of them), the
+    largest first, so that those of a round are alike and nobody waits long."""
+    ordered = sorted(batches, key=shape, reverse=True)
+    rounds = [ordered[first : first + parts] for first in range(0, len(ordered), parts)]
+    return [(tuple(max(sizes) for sizes in zip(*map(shape, some), strict=True)), some) for some in rounds]
 
 
 def _blank_vision(patches: int, layout: Layout) -> Vision:

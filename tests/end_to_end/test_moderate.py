@@ -19,14 +19,14 @@ from tiny_models import write_checkpoint
 
 from gvl_jax import Guard, Judgement
 from gvl_jax.cli import main
-from gvl_jax.config import Images, Moderate
+from gvl_jax.config import Images, Mesh, Moderate
 from gvl_jax.data.loader import SampleRejected, to_example
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.closing import closing
 from gvl_jax.types import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--dtype", "float32", "--prompts", "2", "--reasoning-budget", "8", "--max-pixels", "7056"]
+SMALL = ["--mesh.data", "1", "--dtype", "float32", "--prompts", "2", "--reasoning-budget", "8", "--max-pixels", "7056"]
 SMALL += ["--buckets.prompt", "640", "--buckets.patches", "256", "--max-characters", "1500", "--max-images", "2"]
 KEYS = list(Judgement._fields)
 
@@ -143,6 +143,8 @@ import os, signal, sys
 from gvl_jax import moderate
 from gvl_jax.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
+
 class Stopped(moderate.Guard):
     calls = 0
 
@@ -217,7 +219,7 @@ def test_a_record_of_flags_is_judged_on_standard_output(model, rows, capsys):
 
 @pytest.fixture(scope="module")
 def guard(model):
-    settings = Moderate(str(model), dtype="float32", prompts=4, reasoning_budget=8, max_pixels=7056)
+    settings = Moderate(str(model), dtype="float32", prompts=4, reasoning_budget=8, max_pixels=7056, mesh=Mesh(data=1))
     return Guard(settings)
 
 

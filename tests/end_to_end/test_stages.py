@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
     "dtype": "float32",
+    "mesh": {"data": 1},
     "images": {"min_pixels": 784, "max_pixels": 7056},
     "buckets": {"prompt": [192], "completion": [16], "patches": [1024]},
 }

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gvl_jax.models.qwen_vl.config import QwenVLConfig, from_hf, to_hf
 from gvl_jax.models.qwen_vl.keys import Layout, Weight, from_hub_key, table, to_hub_key
@@ -282,7 +282,7 @@ def save_params(
     """Write a checkpoint that transformers loads: weights, config.json, and the companions of `source`.
 
     All is written beside `directory` and renamed at the end, so a kill leaves no half checkpoint. Peak host memory is
-    one shard beyond the parameters, which must be addressable from this process.
+    one tensor beyond the parameters. These may be split over processes, all of which call this; the first one writes.
 
     Args:
         source: the checkpoint the parameters came from. Its config.json is kept byte for byte, but for the dtype of
@@ -308,12 +308,13 @@ def save_params(
     config_json = _config_json(config, dtype, None if source is None else Path(source))
 
     unfinished = directory.with_name(f".{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    if jax.process_index() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
     _write_weights(unfinished, leaves, weights, layout, np.dtype(dtype), max_shard_bytes)
+    if jax.process_index():
+        return
     (unfinished / "config.json").write_bytes(config_json)
-    for file in unfinished.glob("*.safetensors"):
-        shutil.copymode(unfinished / "config.json", file)  # safetensors writes files that only their owner can read
     if source is not None:
         for file in [file for pattern in COMPANIONS for file in Path(source).glob(pattern) if file.is_file()]:
             copy = unfinished / file.relative_to(source)
@@ -357,23 +358,45 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {from_hub_key(weight.keys[at], layout): _stored(leaves, weight, at, dtype) for weight, at in shard}
-        save_file(tensors, directory / name, metadata={"format": "pt"})
+        tensors = {from_hub_key(weight.keys[at], layout): (weight, at) for weight, at in shard}
+        _write_shard(directory / name, tensors, leaves, dtype)
         weight_map |= dict.fromkeys(tensors, name)
-    if len(shards) > 1:
+    if len(shards) > 1 and jax.process_index() == 0:
         total = sum(prod(weight.stored) * len(weight.keys) for weight in weights) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_shard(path: Path, tensors: dict[str, tuple[Weight, int]], leaves: dict[str, Array], dtype: np.dtype) -> None:
+    """A safetensors file, tensor by tensor: the same bytes as the library's, which wants all of them in memory."""
+    stored_as = next(name for name, known in _DTYPES.items() if known == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (weight, _) in sorted(tensors.items()):
+        start, end = end, end + prod(weight.stored) * dtype.itemsize
+        header[name] = {"dtype": stored_as, "shape": weight.stored, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("wb")) if jax.process_index() == 0 else None
+        if file:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for _, (weight, at) in sorted(tensors.items()):
+            tensor = _stored(leaves, weight, at, dtype)
+            if file:
+                file.write(tensor.data if dtype == np.float32 else tensor.view(np.uint16).data)
 
 
 def _stored(leaves: dict[str, Array], weight: Weight, layer: int, dtype: np.dtype) -> np.ndarray:
     """One tensor as the checkpoint stores it: the inverse of `_read`."""
     parts = []
     for path in weight.paths:
-        leaf = np.asarray(leaves[path][layer] if weight.layers else leaves[path])
-        parts.append(leaf.reshape(prod(weight.inputs), prod(weight.outputs)).T)
+        leaf = leaves[path][layer] if weight.layers else leaves[path]
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        parts.append(np.asarray(leaf).reshape(prod(weight.inputs), prod(weight.outputs)).T)
     fused = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    # contiguous: save_file writes the buffer and does not look at strides
+    # contiguous: the file gets the buffer, whatever the strides
     return np.ascontiguousarray(fused.reshape(weight.stored), dtype)
 
 

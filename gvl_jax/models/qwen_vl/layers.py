@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from gvl_jax.sharding import whole
 from gvl_jax.types import Remat
 
 
@@ -63,7 +64,7 @@ def scan_layers(layers, carry, body: Callable, xs: Any = None, *, remat: Remat =
     graph, weights = nnx.split(layers)
 
     def step(carry, scanned):
-        return body(nnx.merge(graph, scanned[0]), carry, scanned[1])
+        return body(nnx.merge(graph, whole(scanned[0], carry.dtype)), carry, scanned[1])
 
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

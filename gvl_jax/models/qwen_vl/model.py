@@ -11,6 +11,7 @@ from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.layers import Linear
 from gvl_jax.models.qwen_vl.text import Decoder
 from gvl_jax.models.qwen_vl.vision import VisionTower
+from gvl_jax.sharding import whole
 from gvl_jax.types import Batch, Remat, Vision
 
 
@@ -96,7 +97,7 @@ def bind(config: QwenVLConfig, params: dict) -> QwenVL:
     """A plain dict of arrays → the module that computes with them. Free inside jit: it happens while tracing."""
     graph, state = _abstract(config)
     state = jax.tree.map(lambda x: x, state)  # a fresh container: the cached one is never written
-    nnx.replace_by_pure_dict(state, params)
+    nnx.replace_by_pure_dict(state, whole(params, config.dtype))
     return nnx.merge(graph, state)
 
 
