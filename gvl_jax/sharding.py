@@ -127,7 +127,15 @@ def spec(mesh: Mesh, path, shape: tuple[int, ...]) -> PartitionSpec:
                     f"{_names(path)}: an axis of {size} does not divide by mesh.fsdp {mesh.shape[axis]}; take a divisor"
                 )
             mapped[i] = None
-    return PartitionSpec(*[None] * (len(shape) - len(logical)), *mapped)
+    return _canonical(mesh, [None] * (len(shape) - len(logical)) + mapped)
+
+
+def _canonical(mesh: Mesh, axes: Sequence[str | None]) -> PartitionSpec:
+    """As JAX writes it in what a jitted function returns: with another form of the same jit would compile again."""
+    axes = [axis if axis and mesh.shape[axis] > 1 else None for axis in axes]
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -190,8 +198,8 @@ def whole(tree: Any, dtype) -> Any:
 @partial(jax.jit, static_argnames=("dtype", "mesh"))
 def _spread(params: dict, *, dtype, mesh: Mesh) -> dict:
     def without_fsdp(path, leaf):
-        axes = (None if axis == "fsdp" else axis for axis in spec(mesh, path, leaf.shape))
-        return lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, PartitionSpec(*axes)))
+        axes = _canonical(mesh, [None if axis == "fsdp" else axis for axis in spec(mesh, path, leaf.shape)])
+        return lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, axes))
 
     return jax.tree_util.tree_map_with_path(without_fsdp, params)
 
@@ -273,7 +281,7 @@ def value_and_grad(
 
     def manual(path, leaf):
         axes = spec(mesh, path, tuple(leaf.shape))
-        return PartitionSpec(*(axis if axis == "fsdp" else None for axis in axes))
+        return _canonical(mesh, [axis if axis == "fsdp" else None for axis in axes])
 
     def summed(path, grad):
         # what is split over fsdp has been summed over it by `_gather_backward`
