@@ -186,16 +186,21 @@ def _check_fits(folder: Path, got: dict[str, str], expected: dict[str, Any]) -> 
 
 
 @jax.jit
-def _sum_of_bits(array: jax.Array) -> jax.Array:
-    """Sum modulo 2^32 of the elements' bits: the same for every sharding."""
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}"))
-    return jnp.sum(words, dtype=jnp.uint32)
+def _sums_of_bits(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sums modulo 2^32 of the elements' bits: the same for every sharding. One program: many small ones, each with a
+    sum over processes, stand still on CPUs now and then."""
+
+    def total(array: jax.Array) -> jax.Array:
+        if array.dtype == jnp.bool_:
+            array = array.astype(jnp.uint8)
+        words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}"))
+        return jnp.sum(words, dtype=jnp.uint32)
+
+    return jax.tree.map(total, arrays)
 
 
 def _bits(leaves: dict[str, Any]) -> dict[str, int]:
     """A checksum of every array."""
-    sums = {path: _sum_of_bits(leaf) for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
+    sums = _sums_of_bits({path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array)})
     on_host = {path: zlib.crc32(leaf.tobytes()) for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
     return on_host | {path: int(value) for path, value in jax.device_get(sums).items()}

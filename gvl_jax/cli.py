@@ -26,12 +26,16 @@ gvl VERB …
   data embedded DIR                  write the small corpus made for the demo
   data buckets CFG                   propose buckets.patches for the data of `gvl sft CFG`
   report RUN                         report.html of a run folder
+  plan CFG --topology v5p:4x4x4      does a config of sft or rl fit on a TPU slice? no TPU is needed
   bench [--size S] [--only CASES]    speed and memory against transformers, and against the plain way
   doctor [--model M] [--data FILE]   what stands in the way on this machine, and the command that removes it
 
 CFG is a YAML file of configs/; any of its fields is a flag: --optim.peak-lr 2e-5. `gvl VERB --help` lists them.
 A stage that was stopped goes on when the same command is given again. --dry-run shows what would be done, --json
 prints the result for machines."""
+
+
+AGAIN = 75  # EX_TEMPFAIL: launchers start the command again
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,9 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\ngvl {verb}: interrupted; what is done is kept, the same command goes on from there", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        if type(error).__name__ == "Stopped":
-            print(f"gvl {verb}: {error}; the same command goes on from there", file=sys.stderr)
-            return 75
+        kind = type(error).__name__
+        if kind == "Stopped" or kind == "JaxRuntimeError" and os.environ.get("JAX_NUM_PROCESSES", "1") != "1":
+            why = error if kind == "Stopped" else f"another process has gone ({str(error).splitlines()[0]})"
+            print(f"gvl {verb}: {why}; the same command goes on from there", file=sys.stderr)
+            return AGAIN
         if os.environ.get("GVL_TRACEBACK"):
             raise
         message = str(error) or type(error).__name__
@@ -228,6 +234,13 @@ def _bench(args: list[str]) -> int:
     return main(args)
 
 
+def _plan(args: list[str]) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the slice that is planned for is not this machine
+    from gvl_jax.plan import main
+
+    return main(args)
+
+
 def _doctor(args: list[str]) -> int:
     parser = argparse.ArgumentParser("gvl doctor", description="versions, devices, memory, disks, hub, data, model")
     parser.add_argument("--model", help="a checkpoint directory or hub id to look into")
@@ -251,6 +264,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "convert": _convert,
     "data": _data,
     "report": _report,
+    "plan": _plan,
     "bench": _bench,
     "doctor": _doctor,
 }

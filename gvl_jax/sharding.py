@@ -262,6 +262,20 @@ def place(mesh: Mesh, parts: Sequence[Any]) -> Any:
     return jax.tree_util.tree_map_with_path(put, parts[0], *parts[1:])
 
 
+def abstract(mesh: Mesh, part: Any) -> Any:
+    """What `place` makes of micro-batches like this one, one for each part of the rows, as shapes."""
+    count = mesh.size // mesh.shape["tensor"]
+
+    def shaped(path, leaf):
+        axis, shape = _row_axis(path, leaf), list(leaf.shape)
+        if axis is not None:
+            shape[axis] *= count
+        sharding = NamedSharding(mesh, _row_spec(path, leaf))
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(shaped, part)
+
+
 def value_and_grad(
     loss_of: Callable, mesh: Mesh | None, trained: dict, frozen: dict, rows: Any, rest: Any
 ) -> tuple[Any, dict, dict]:

@@ -44,13 +44,15 @@ MAY_IMPORT = {
     "run_folder": {"types", "config", "guard", "sharding"},
     "report": set(),
     "cost": {"models"},
+    "hlo": set(),
     "machine": {"sharding"},
     "doctor": {"machine", "data", "models"},
     **{stage: TOOLS for stage in STAGES},
     "demo": TOOLS | STAGES | {"report"},
     "bench": TOOLS | {"sft", "rl", "cost"},
     "buckets": TOOLS | {"sft"},
-    "cli": TOOLS | STAGES | {"report", "demo", "bench", "buckets", "doctor"},
+    "plan": TOOLS | {"sft", "rl", "cost", "hlo", "bench"},
+    "cli": TOOLS | STAGES | {"report", "demo", "bench", "buckets", "doctor", "plan"},
     "__init__": TOOLS | STAGES,  # the public names: gvl_jax.Guard
 }
 DATA = sorted({path.stem for path in FILES if part(path) == "data"} - {"__init__", "loader"})  # grain imports jax

@@ -1,0 +1,151 @@
+"""Several processes, as on the hosts of a pod, make what one makes; and what is killed goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+from tiny_models import write_checkpoint
+
+from gvl_jax.data import embedded
+
+pytestmark = pytest.mark.slow
+
+COMMON = {
+    "dtype": "float32",
+    "images": {"min_pixels": 784, "max_pixels": 3136},
+    "buckets": {"prompt": [640], "completion": [16], "patches": [64, 256]},
+}
+SFT = COMMON | {"epochs": 1, "global_batch": 8, "rows": 1, "max_length": 900, "save_every": 2, "limit": 28}
+SFT |= {"optim": {"peak_lr": 1e-3}}
+MINE = COMMON | {"samples": 2, "keep": "any_wrong", "size": 16, "prompts": 2, "limit": 17}
+MINE |= {"sampling": {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0}}
+RL = COMMON | {"group_size": 4, "prompts_per_step": 8, "prompts_per_update": 4, "prompts": 1, "max_length": 200}
+RL |= {"mixed_share": 0.0, "save_every": 1, "sampling": {"max_new_tokens": 16}, "optim": {"peak_lr": 1e-3}}
+EVAL = COMMON | {"prompts": 2, "sampling": {"temperature": 0, "max_new_tokens": 16}}
+
+
+def start(verb: str, config: Path, processes: int = 1, devices: int = 1, *more: str) -> list[subprocess.Popen]:
+    """`gvl VERB` in so many processes, each with so many devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "gvl_jax.cli", verb, str(config), *more],
+            env=environment | (together | {"JAX_PROCESS_ID": str(number)} if processes > 1 else {}),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in range(processes)
+    ]  # fmt: skip
+
+
+def finish(running: list[subprocess.Popen], code: int = 0) -> list[str]:
+    said = [one.communicate(timeout=200)[0] for one in running]
+    assert [one.returncode for one in running] == [code] * len(running), "\n".join(said)
+    return said
+
+
+def write(folder: Path, name: str, settings: dict) -> Path:
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings | {"output": str(folder / name)}))
+    return folder / f"{name}.yaml"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    embedded.write(folder / "data", train=(12, 8, 12), heldout=(4, 3, 4))
+    text = (folder / "data" / "train.jsonl").read_text()
+    return folder, {"model": str(write_checkpoint(folder, text, 700))}
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    """SFT and RL in one process with one device."""
+    folder, base = world
+    train = {"train": [str(folder / "data" / "train.jsonl")]}
+    for verb, settings in (("sft", SFT), ("rl", RL)):
+        finish(start(verb, write(folder, f"{verb}_alone", settings | base | train)))
+    return folder, base | train
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def assert_close(run: Path, other: Path) -> None:
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
+    assert worst < 1e-5, worst
+
+
+@pytest.mark.parametrize(("processes", "devices", "mesh"), [(2, 2, {"fsdp": 2}), (4, 1, {"fsdp": 4})])
+def test_sft_of_several_processes_makes_the_model_of_one(alone, processes, devices, mesh):
+    folder, given = alone
+    config = write(folder, f"sft_{processes}", SFT | given | {"mesh": mesh})
+    finish(start("sft", config, processes, devices))
+    assert_close(folder / f"sft_{processes}", folder / "sft_alone")
+    read = lambda run: [json.loads(line)["train/loss"] for line in (folder / run / "metrics.jsonl").open()]  # noqa: E731
+    np.testing.assert_allclose(read(f"sft_{processes}"), read("sft_alone"), atol=1e-5)
+
+
+def test_rl_of_two_processes_makes_the_model_of_one(alone):
+    folder, given = alone
+    finish(start("rl", write(folder, "rl_2", RL | given | {"mesh": {"fsdp": 2}}), 2, 1))
+    assert_close(folder / "rl_2", folder / "rl_alone")
+    one, two = ([json.loads(line) for line in (folder / run / "metrics.jsonl").open()] for run in ("rl_alone", "rl_2"))
+    for a, b in zip(one, two, strict=True):
+        for name in ("reward/total", "rollout/tokens", "train/loss", "train/clip", "train/ratio", "rollout/f1_request"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5), name
+
+
+def test_mining_and_evaluation_of_two_processes_write_what_one_writes(alone):
+    folder, given = alone
+    heldout = {"model": given["model"], "data": [str(folder / "data" / "heldout.jsonl")]}
+    for verb, settings, result in (("mine", MINE | given, "hard.jsonl"), ("eval", EVAL | heldout, "scores.json")):
+        finish(start(verb, write(folder, f"{verb}_alone", settings)))
+        finish(start(verb, write(folder, f"{verb}_2", settings), 2, 2))
+        assert (folder / f"{verb}_2" / result).read_bytes() == (folder / f"{verb}_alone" / result).read_bytes()
+
+
+def test_a_process_that_dies_ends_the_job_and_the_same_command_goes_on(alone):
+    folder, given = alone
+    config = write(folder, "sft_died", SFT | given | {"mesh": {"fsdp": 2}})
+    running = start("sft", config, 2, 1)
+    checkpoints = folder / "sft_died" / "checkpoints"
+    while not (checkpoints / "2").exists():
+        assert running[0].poll() is None, running[0].communicate()[0]
+        time.sleep(0.05)
+    running[1].kill()
+    last = running[0].communicate(timeout=200)[0].strip().splitlines()
+    assert running[0].returncode != 0 and last, last
+    finish(start("sft", config, 2, 1))
+    assert_close(folder / "sft_died", folder / "sft_alone")
+
+
+@pytest.mark.parametrize("verb", ["sft", "rl"])
+def test_sigterm_saves_says_so_with_its_code_and_the_run_goes_on_to_the_same_bits(alone, verb):
+    folder, given = alone
+    name = f"{verb}_term"
+    config = write(folder, name, {"sft": SFT, "rl": RL}[verb] | given)
+    running = start(verb, config)
+    while not (folder / name / "metrics.jsonl").exists() or not (folder / name / "metrics.jsonl").stat().st_size:
+        assert running[0].poll() is None, running[0].communicate()[0]
+        time.sleep(0.02)
+    running[0].send_signal(signal.SIGTERM)
+    (said,) = finish(running, 75)
+    assert "the same command goes on from there" in said.splitlines()[-1] and "Traceback" not in said
+    finish(start(verb, config))
+    ours, theirs = weights(folder / name), weights(folder / f"{verb}_alone")
+    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
