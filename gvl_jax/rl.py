@@ -9,6 +9,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -181,7 +182,7 @@ def run(config: Rl) -> Path:
         workers=config.workers,
         share=(me, processes),
     )
-    with stopping() as asked, progress(total_steps, "rl", initial=start) as advance:
+    with closing(checkpoints), stopping() as asked, progress(total_steps, "rl", initial=start) as advance:
         for step, (waited, built) in enumerate(timed(todo), start):
             began = time.monotonic()
             rejected.update(one.reason for one in built if isinstance(one, SampleRejected))
@@ -191,9 +192,8 @@ def run(config: Rl) -> Path:
                 prompts = looked_at(config, sampler, models, prompts)
             ours = _roll_out(config, sampler, models, prompts, step, checkpoints, asked)
             if exchange(np.array([asked()])).any():
-                if checkpoints.latest() != step and step:
+                if step and checkpoints.latest() != step:
                     checkpoints.save(step, state, {"step": step})
-                checkpoints.close()
                 raise Stopped(f"saved after step {step} of {total_steps}, with what is finished of the next")
             groups = sorted(gather([group.light() for group in ours]), key=lambda group: group.number)
             if not groups:
@@ -237,7 +237,6 @@ def run(config: Rl) -> Path:
             if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
                 checkpoints.save(step + 1, state, {"step": step + 1})
             advance(note=f"reward {scalars['reward/total']:.3f} right {scalars['reward/safety']:.3f}")
-    checkpoints.close()
     metrics.close()
 
     # ---------------------------------------------------------------- export

@@ -7,6 +7,7 @@ divides by the step's own count of answer tokens, so packing changes no number.
 import functools
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +156,7 @@ def run(config: Sft) -> Path:
 
     # ---------------------------------------------------------------- loop
     rejected: Counter[str] = Counter()
-    with stopping() as asked, progress(total_steps, "sft", initial=start) as advance:
+    with closing(checkpoints), stopping() as asked, progress(total_steps, "sft", initial=start) as advance:
         read_at = time.monotonic()
 
         def read(step: int, scalars: dict, tokens: int, slots: int) -> None:
@@ -178,8 +179,8 @@ def run(config: Sft) -> Path:
             if stop:
                 if unread:
                     read(*unread)
-                checkpoints.save(step, state, {"step": step})
-                checkpoints.close()
+                if checkpoints.latest() != step:
+                    checkpoints.save(step, state, {"step": step})
                 raise Stopped(f"saved after step {step} of {total_steps}")
             if not rounds and not step:
                 raise ValueError(
@@ -206,7 +207,6 @@ def run(config: Sft) -> Path:
                 unread = None
                 checkpoints.save(step + 1, state, {"step": step + 1})
                 read_at = time.monotonic()
-    checkpoints.close()
     metrics.close()
     compiles.close()
 

@@ -62,7 +62,7 @@ def start() -> None:
         raise ConfigError(f"{', '.join(given)} without {', '.join(sorted(set(names) - set(given)))}; set all, or none")
     if given and not jax.distributed.is_initialized():
         address, count, number = (os.environ[name] for name in names)
-        jax.distributed.initialize(address, int(count), int(number))
+        jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=30)
     elif os.environ.get("GVL_DISTRIBUTED", "0") != "0" and not jax.distributed.is_initialized():
         jax.distributed.initialize()
 
