@@ -14,10 +14,11 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {f"{kind}{bits}": bits for ki
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+_CHAIN = re.compile(r'(channel_id=\d+),.*(chain_id="\d+")')
 _LISTED = re.compile(r"replica_groups=\{\{(.*?)\}\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _PAIRS = re.compile(r"source_target_pairs=\{\{(.*?)\}\}")
-_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([%\w., -]+)")
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
 
 
 class Collective(NamedTuple):
@@ -36,13 +37,17 @@ def collectives(text: str, axes: Sequence[str], sizes: Sequence[int]) -> list[Co
     scan's does); otherwise (the sampler's loop) once."""
     bodies = _computations(text)
     times = _times(bodies)
-    found = []
+    found, chains = [], set()
     for name, lines in bodies.items():
         if not times.get(name):
             continue
         for line in lines:
-            if match := _OPERATION.search(line):
-                found.append(_collective(line, match, times[name], axes, sizes))
+            match, chain = _OPERATION.search(line), _CHAIN.search(line)
+            if not match or (chain and chain.groups() in chains):
+                continue
+            if chain:  # one collective, in pieces between the operations that hide it
+                chains.add(chain.groups())
+            found.append(_collective(line, match, times[name], axes, sizes))
     return found
 
 
@@ -75,8 +80,8 @@ def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
                 condition = re.search(r"condition=%?([\w.-]+)", line)
                 turns = int(known[1]) if known else _turns(bodies.get(condition[1], [])) if condition else 1
             for match in _CALLS.finditer(line):
-                for called in re.split(r"[,\s]+", match[1]):
-                    if (called := called.lstrip("%")) in bodies:
+                for called in (match[1] or match[2]).split(","):
+                    if (called := called.strip().lstrip("%")) in bodies:
                         visit(called, count * turns)
 
     entry = next((name for name, lines in bodies.items() if name != "ENTRY" and lines is bodies.get("ENTRY")), None)

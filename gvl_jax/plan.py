@@ -16,26 +16,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from gvl_jax import cost, decoding, rl, sft
 from gvl_jax.bench.inputs import SIZES
 from gvl_jax.config import ConfigError, Rl, Sft, load
-from gvl_jax.data.packing import UNIT, Layout, blank
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.prompt import instruction_ids
 from gvl_jax.hlo import Collective, collectives
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.hub import load_config
-from gvl_jax.models.qwen_vl.model import abstract_params
-from gvl_jax.optim import optimizer, split_trained, update
-from gvl_jax.sampler import CHUNK, score
-from gvl_jax.sharding import AXES, abstract, make_mesh, replicated, shardings
+from gvl_jax.programs import Program, Stage, bytes_of, rl_programs, sft_programs, stage_of
+from gvl_jax.sharding import AXES, make_mesh, replicated
 
 GIB = 2**30
 INSTRUCTION = 108  # tokens of the instruction, where no tokenizer is at hand to count them
@@ -59,20 +52,6 @@ CHIPS = {
 REACHED = Chip(1.0, 0.5, 0.8, 0.5)  # shares of these rates that the bound assumes
 
 
-class Program(NamedTuple):
-    """One compiled function of a stage, as one call of it is made."""
-
-    name: str
-    function: Any  # jitted
-    args: tuple  # of shapes, with their placement
-    static: dict[str, Any]
-    held: int  # bytes per chip that are alive meanwhile and no argument: the optimizer's state, caches
-    flops: float  # per chip, by formula
-    reads: float  # bytes of HBM per chip, at least
-    size: str | None  # the setting that its temporaries grow with
-    donated: Any = ()  # the arguments whose memory the result takes
-
-
 class Plan(NamedTuple):
     """What the compiler says of one program, in bytes per chip."""
 
@@ -92,174 +71,6 @@ class Plan(NamedTuple):
     advice: tuple[str, ...] = ()
 
 
-# --------------------------------------------------------------------------------------------------------- the programs
-
-
-def bytes_of(tree: Any) -> int:
-    """Of a tree of shapes, on one chip."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def shaped(mesh: Mesh, tree: Any, dtype=None) -> Any:
-    """Parameters or an optimizer's state as shapes, placed as they are in training."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where),
-        tree,
-        shardings(mesh, tree),
-    )
-
-
-class Stage(NamedTuple):
-    """What the programs of a stage share."""
-
-    config: Sft | Rl
-    model: QwenVLConfig
-    mesh: Mesh
-    layout: Layout
-    params: dict
-    trained: dict
-    frozen: dict
-    opt_state: Any
-
-    @property
-    def weights(self) -> float:
-        """Bytes of the whole model as it computes."""
-        return cost.itemsize(self.model) * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
-
-    @property
-    def passes(self) -> int:
-        return cost.TRAIN + (self.config.remat == "layers")
-
-    def per_chip(self, flops: float) -> float:
-        """Of one part of the rows, which the tensor axis shares."""
-        return flops / self.mesh.shape["tensor"]
-
-
-def stage_of(config: Sft | Rl, model: QwenVLConfig, mesh: Mesh, shared: int) -> Stage:
-    params = shaped(mesh, abstract_params(model), jnp.float32)
-    trained, frozen = split_trained(params, config.trained)
-    opt_state = shaped(mesh, jax.eval_shape(optimizer(config.optim).init, trained))
-    layout = Layout(model.image_token_id, config.buckets.patches, model.vision.window_size, (0,) * shared)
-    return Stage(config, model, mesh, layout, params, trained, frozen, opt_state)
-
-
-def number(mesh: Mesh) -> Any:
-    return abstract(mesh, np.float32(0))
-
-
-def update_program(stage: Stage) -> Program:
-    args = (stage.trained, stage.opt_state, stage.trained, number(stage.mesh))
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(stage.trained))
-    reads = 1.75 * bytes_of(args)  # all four are read, three and the zeros written
-    return Program(
-        "update", update, args, {"optim": stage.config.optim, "mesh": stage.mesh}, bytes_of(stage.frozen),
-        12.0 * size / stage.mesh.size, reads, None, args[:3],
-    )  # fmt: skip
-
-
-def sft_programs(stage: Stage) -> list[Program]:
-    """A micro-batch with the largest bucket of pictures, and the update."""
-    config, mesh, patches = stage.config, stage.mesh, max(stage.config.buckets.patches)
-    assert isinstance(config, Sft)
-    shared = len(stage.layout.shared)
-    batch = abstract(mesh, blank(config.rows, config.max_length - shared, patches, stage.layout))
-    args = (stage.trained, stage.frozen, stage.trained, batch, number(mesh))
-    static = {"model_config": stage.model, "remat": config.remat, "mesh": mesh}
-    forward = cost.prefill(stage.model, config.rows, config.max_length - shared, (patches,), shared)
-    work = cost.train(stage.model, forward, forward.tokens, remat=config.remat == "layers")
-    reads = stage.passes * stage.weights / mesh.shape["tensor"] + 2 * bytes_of(stage.trained)
-    one = Program(
-        f"accumulate {config.rows} rows, {patches} patches", sft.accumulate, args, static, bytes_of(stage.opt_state),
-        stage.per_chip(work.flops), reads, "rows", stage.trained,
-    )  # fmt: skip
-    return [one, update_program(stage)]
-
-
-def rl_programs(stage: Stage) -> list[Program]:
-    """Of the largest prompt, completion and bucket of pictures: rollout, scoring, a micro-batch of the update."""
-    config, model, mesh = stage.config, stage.model, stage.mesh
-    assert isinstance(config, Rl)
-    alone = Mesh(mesh.devices.reshape(-1, mesh.shape["tensor"])[0].reshape(1, 1, -1), AXES)
-    copy = shaped(alone, stage.params, jnp.dtype(model.dtype) if mesh.size > 1 else jnp.float32)
-    shared, patches = len(stage.layout.shared), max(config.buckets.patches)
-    S, B, R = max(config.buckets.prompt) - shared, config.prompts, config.group_size
-    budget = config.sampling.max_new_tokens
-    J = min((size for size in config.buckets.completion if size >= budget), default=budget)
-    training = bytes_of((stage.params, stage.opt_state, stage.trained))
-    few, slots = max(1, B // 8), min(config.slots or R, R)
-
-    def rows(count: int) -> Any:
-        batch = blank(count, S, patches, stage.layout)
-        if config.trained == "language":  # `rl.looked_at` has been there
-            batch = batch._replace(vision=np.zeros((patches // UNIT, model.text.hidden_size), model.dtype))
-        return batch
-
-    def one(tree: Any) -> Any:  # arrays of a sampler are on its devices, placed by the compiler
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype)), tree
-        )
-
-    seen: tuple[int, ...] = () if config.trained == "language" else (patches,)
-    columns = -(-budget // CHUNK) * CHUNK
-    state = jax.eval_shape(functools.partial(decoding.empty_state, model, B, slots, S, columns, budget))
-    opening = one(np.zeros(shared, np.int32))
-    kept = jax.eval_shape(functools.partial(decoding.instruction, config=model), copy, opening)
-    V, ends = model.text.vocab_size, len(b"</result>") + 1
-    banned = one(np.zeros(V, bool))
-    vocab = decoding.Vocabulary(banned, banned, one(np.zeros((ends, V), np.uint8)))
-    heat, until = one(np.float32(0)), one(np.int32(0))
-    prefilled = cost.rows(model, few, S, seen, shared)
-    token = cost.decoder_flops(model.text, B * slots, B * slots * (S + shared + columns))
-    token += cost.head_flops(model.text, B * slots)
-    cached = cost.kv_bytes(model, B * S + B * slots * columns)
-    weights = bytes_of(copy)
-    text = model.text
-    programs = []
-    if config.trained == "language":
-        vision = one(blank(B, S, patches, stage.layout).vision)
-        programs.append(Program(
-            f"look {patches} patches", rl.look, (copy, vision), {"model_config": model}, training,
-            stage.per_chip(cost.vision_flops(model.vision, patches)), bytes_of(copy["visual"]), "patches",
-        ))  # fmt: skip
-    programs += [
-        Program(
-            f"prefill {few} x {S} tokens", decoding.prefill, (copy, one(rows(few)), kept), {"config": model},
-            training + bytes_of(state), stage.per_chip(prefilled.flops), weights, "prompts",
-        ),
-        Program(
-            f"decode {B} x {slots} slots, {columns} columns (bound: a token)", decoding.decode,
-            (copy, kept, state, vocab, None, heat, until),
-            {"config": model, "steps": CHUNK, "top_p": config.sampling.top_p, "top_k": config.sampling.top_k},
-            training, stage.per_chip(token), weights + cached / mesh.shape["tensor"], "prompts", state,
-        ),
-    ]  # fmt: skip
-    own, whole = B * R * J, cost.prefill(model, B, S, seen, shared)
-    forward = whole + cost.Work(own, cost.decoder_flops(text, own, own * (S + shared + J)), 0, 0.0)
-    done = rl._completions(config, J, first=False)
-    if config.prompts_per_step > config.prompts_per_update:
-        programs.append(Program(
-            f"score {B} x {R} x {J} tokens", score,
-            (copy, one(rows(B)), one(done.tokens), heat, banned, one(done.mask)), {"config": model}, training,
-            stage.per_chip(forward.flops + cost.head_flops(text, own)), weights, "prompts",
-        ))  # fmt: skip
-    work = cost.train(model, forward, own, remat=config.remat == "layers")
-    banned_everywhere = abstract(mesh, {"shared": np.zeros(V, bool)})["shared"]
-    args = (
-        stage.trained, stage.frozen, stage.trained, abstract(mesh, rows(B)), abstract(mesh, done), number(mesh),
-        banned_everywhere, number(mesh), number(mesh),
-    )  # fmt: skip
-    static = {"model_config": model, "remat": config.remat, "mean": config.loss_mean, "mesh": mesh}
-    reads = stage.passes * stage.weights / mesh.shape["tensor"] + 2 * bytes_of(stage.trained)
-    programs.append(Program(
-        f"accumulate {B} x {R} x {J} tokens", rl.accumulate, args, static, bytes_of(stage.opt_state),
-        stage.per_chip(work.flops), reads, "prompts", stage.trained,
-    ))  # fmt: skip
-    return [*programs, update_program(stage)]
-
-
 # ------------------------------------------------------------------------------------------------------- what they need
 
 
@@ -270,7 +81,7 @@ def compiled(program: Program, chip: Chip, matrix: int) -> Plan:
     try:
         executable = program.function.lower(*program.args, **program.static).compile()
     except jax.errors.JaxRuntimeError as error:
-        peak = out_of_memory(str(error)) + program.held
+        peak = out_of_memory(str(error), arguments) + program.held
         return Plan(
             program.name, program.held, arguments, peak - program.held - arguments, peak, limit, 0,
             bytes_of(program.donated), time.monotonic() - began, program.flops, (0.0, 0.0), [], "does not fit",
@@ -294,12 +105,15 @@ def compiled(program: Program, chip: Chip, matrix: int) -> Plan:
     )  # fmt: skip
 
 
-def out_of_memory(message: str) -> int:
-    """Bytes that the compiler wanted. Raises RuntimeError if it failed for another reason."""
+def out_of_memory(message: str, arguments: int) -> int:
+    """Bytes that the compiler wanted, with `arguments` where it speaks of temporaries alone. Raises RuntimeError if it
+    failed for another reason."""
     found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? (?:of )?hbm", message)
-    if not found:
+    alone = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message)
+    if not (found := found or alone):
         raise RuntimeError(f"the compiler failed: {message.splitlines()[0]}")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    wanted = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    return wanted + arguments if found is alone else wanted
 
 
 def refused(found: Sequence[Collective], matrix: int) -> str:
@@ -394,7 +208,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
         raise RuntimeError("libtpu, the compiler for TPUs, is not installed; it needs no TPU: pip install 'jax[tpu]'")
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_STDERR_LOG_LEVEL", "2"), ("TPU_MIN_LOG_LEVEL", "2"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_STDERR_LOG_LEVEL", "3"), ("TPU_MIN_LOG_LEVEL", "3"),
     ):  # fmt: skip
         os.environ.setdefault(name, value)  # no search for a TPU, no lock on one, no log
     try:

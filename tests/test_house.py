@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "demo": TOOLS | STAGES | {"report"},
     "bench": TOOLS | {"sft", "rl", "cost"},
     "buckets": TOOLS | {"sft"},
-    "plan": TOOLS | {"sft", "rl", "cost", "hlo", "bench"},
+    "programs": TOOLS | {"sft", "rl", "cost"},
+    "plan": TOOLS | {"programs", "hlo", "bench"},
     "cli": TOOLS | STAGES | {"report", "demo", "bench", "buckets", "doctor", "plan"},
     "__init__": TOOLS | STAGES,  # the public names: gvl_jax.Guard
 }
