@@ -274,7 +274,7 @@ def main(args: list[str]) -> int:
     """`gvl plan`. → 0: everything fits; 1: something does not, or is refused."""
     kinds = {"sft": Sft, "rl": Rl}
     named = args[:1] if args[:1] and args[0] in kinds else []
-    parser = argparse.ArgumentParser("gvl plan", epilog="any field of the config is a flag, too: --mesh.fsdp 16 --rows 1")
+    parser = argparse.ArgumentParser("gvl plan", epilog="any field of the config is a flag, as --mesh.fsdp 16")
     parser.add_argument("config", help="a config file of gvl sft or gvl rl; `gvl plan rl FILE` says which")
     parser.add_argument("--topology", required=True, help="generation and chips along each axis, as v5p:4x4x4")
     parser.add_argument("--only", nargs="+", default=[], help="programs whose names begin so: accumulate, decode, …")
