@@ -15,7 +15,7 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 fast-test: .venv/installed-test
 	$(BIN)/pytest -n 2 -m "not slow"

@@ -202,7 +202,8 @@ def test_pictures_that_a_frozen_tower_has_seen_equal_their_patches(monkeypatch):
     sampler = SimpleNamespace(layout=SHARING, model_config=CONFIG)
     passes = []
     monkeypatch.setattr(rl, "look", lambda *args, look=rl.look, **more: passes.append(1) or look(*args, **more))
-    seen = [prompt for _, prompt in rl.looked_at(settings, sampler, PARAMS, [(None, p) for p in prompts])]
+    named = {number: (None, prompt) for number, prompt in enumerate(prompts)}
+    seen = [prompt for _, prompt in rl.looked_at(settings, sampler, [PARAMS], named).values()]
     assert len(passes) == 2 and [len(e.merged) if len(e.grids) else e.merged for e in seen] == [
         len(e.patches) // 4 or None for e in prompts
     ]
