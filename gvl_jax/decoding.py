@@ -275,18 +275,26 @@ def _draw(logits, keys, number, top_p: float, top_k: int, greedy: bool):
     By the inverse of the distribution function, in blocks of ids: two random numbers a token, not one for every id.
     """
     total = jax.nn.logsumexp(logits, -1)
-    if greedy:
-        token = jnp.argmax(logits, -1)
+    if greedy:  # of the largest block its largest: argmax over all ids is a plain loop on CPUs, 21 against 0.8 ms
+        blocks = _blocks(logits, -jnp.inf)
+        block = jnp.argmax(blocks.max(-1), -1)
+        inside = jnp.argmax(jnp.take_along_axis(blocks, block[..., None, None], 2)[:, :, 0], -1)
+        token = block * BLOCK + inside
     else:
         kept = truncate(logits, top_p, top_k)
-        share = jnp.exp(kept - kept.max(-1, keepdims=True))
-        share = jnp.pad(share, ((0, 0), (0, 0), (0, -share.shape[-1] % BLOCK))).reshape(*share.shape[:2], -1, BLOCK)
+        share = _blocks(jnp.exp(kept - kept.max(-1, keepdims=True)), 0.0)
         chance = jax.vmap(jax.vmap(_chances))(keys, number)
         block = _pick(share.sum(-1), chance[..., :1])
         inside = _pick(jnp.take_along_axis(share, block[..., None, None], 2)[:, :, 0], chance[..., 1:])
         token = block * BLOCK + inside
     chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
     return token.astype(jnp.int32), chosen - total
+
+
+def _blocks(values, rest: float):
+    """[B, R, V] → [B, R, V / BLOCK, BLOCK], filled up with `rest`."""
+    padding = ((0, 0), (0, 0), (0, -values.shape[-1] % BLOCK))
+    return jnp.pad(values, padding, constant_values=rest).reshape(*values.shape[:2], -1, BLOCK)
 
 
 def _chances(key, number):

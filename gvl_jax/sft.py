@@ -183,9 +183,8 @@ def run(config: Sft) -> Path:
                     checkpoints.save(step, state, {"step": step})
                 raise Stopped(f"saved after step {step} of {total_steps}")
             if not rounds and not step:
-                raise ValueError(
-                    f"all {refused} samples of the first step were rejected, the first: {ours.rejected[0]}"
-                )
+                first = next(iter(ours.rejected), "on another process")
+                raise ValueError(f"all {refused} samples of the first step were rejected, the first: {first}")
             loss = jnp.zeros(())
             for number, shape in enumerate(rounds):
                 batch = placed(shape, ours.rounds[number][1] if number < len(ours.rounds) else [])
