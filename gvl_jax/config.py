@@ -358,6 +358,9 @@ class Serve:
 
     model: str = ""  # checkpoint directory or hub id
     revision: str | None = None  # of a hub id
+    backend: str = ""  # http://host:8000/v1 of a vLLM or SGLang server that runs `model`; none given: this process does
+    backend_name: str = ""  # under which that server knows it; none given: `model`
+    backend_key_variable: str = "GVL_BACKEND_KEY"  # the environment variable that holds its key
     name: str = "gvl-guard"  # of the model, in answers
     host: str = "127.0.0.1"  # any other needs keys
     port: int = 8000
@@ -395,6 +398,12 @@ class Serve:
         )
         _require(0 < self.deadline, f"deadline is {self.deadline}, expected seconds above 0")
         _require(0 < self.batch_deadline, f"batch_deadline is {self.batch_deadline}, expected seconds above 0")
+        url = urlsplit(self.backend)
+        _require(
+            not self.backend or (url.scheme in ("http", "https") and url.username is None),
+            "backend is not http://host… or https://host… without user and password; its key belongs in the "
+            "environment variable that backend_key_variable names",
+        )
         _require(0 <= self.port < 65536, f"port is {self.port}, expected 0 (any free one) to 65535")
         _require(
             self.host in ("127.0.0.1", "::1", "localhost") or bool(self.keys),

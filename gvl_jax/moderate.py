@@ -6,7 +6,7 @@ Whatever is wrong with an input or with the model's answer becomes a judgement t
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,7 +22,7 @@ from gvl_jax.data.loader import SampleRejected, to_example
 from gvl_jax.data.packing import example_sizes
 from gvl_jax.data.records import BadRecord, read_records
 from gvl_jax.data.tokenizer import load_tokenizer
-from gvl_jax.guard.calibration import load_calibrations
+from gvl_jax.guard.calibration import Calibration, load_calibrations
 from gvl_jax.guard.closing import closing
 from gvl_jax.guard.prompt import has_response
 from gvl_jax.guard.verdict import flagged, parse
@@ -50,7 +50,7 @@ class Judgement(NamedTuple):
     reason: str | None  # why there is no judgement of the input
     reasoning: str | None
     warnings: tuple[str, ...]  # reasoning_conflict
-    # P(harmful) where the label stands: `fast` ones as `Guard.calibrations` corrects them; after reasoning near 0 or 1
+    # P(harmful) where the label stands: `fast` ones as `calibrated` corrects them; after reasoning near 0 or 1
     scores: dict[str, float | None]
     tokens: int  # generated
     prompt_tokens: int = 0
@@ -138,7 +138,7 @@ class Guard:
         if mode != "reason":
             for index, said in self._complete(samples, examples, tokens, fast=True):
                 fast = judgement(samples[index], examples[index], said, fast=True)
-                judged[index] = self.calibrated(fast)
+                judged[index] = calibrated(fast, self.calibrations)
                 if mode == "fast" or not self.uncertain(fast):
                     del examples[index]
         for index, said in self._complete(samples, examples, tokens):
@@ -173,14 +173,6 @@ class Guard:
             raise SampleRejected("invalid", str(error)) from error
         return example
 
-    def calibrated(self, judged: Judgement) -> Judgement:
-        """A fast judgement with its scores as `gvl calibrate` corrects them; the labels stay the model's own."""
-        scores = dict(judged.scores)
-        for task, calibration in self.calibrations.items():
-            if (score := scores[task]) is not None:
-                scores[task] = float(calibration(score))
-        return judged._replace(scores=scores)
-
     def uncertain(self, judged: Judgement) -> bool:
         """Whether `auto` reasons about what was judged fast."""
         scores = [score for score in judged.scores.values() if score is not None]
@@ -199,6 +191,15 @@ class Guard:
 
 def _scores(sample: Sample, said: Completion) -> dict[str, float | None]:
     return {"request": said.scores[0], "response": said.scores[1] if has_response(sample) else None}
+
+
+def calibrated(judged: Judgement, calibrations: Mapping[str, Calibration]) -> Judgement:
+    """A fast judgement with its scores as `gvl calibrate` corrects them; the labels stay the model's own."""
+    scores = dict(judged.scores)
+    for task, calibration in calibrations.items():
+        if (score := scores[task]) is not None:
+            scores[task] = float(calibration(score))
+    return judged._replace(scores=scores)
 
 
 def judgement(sample: Sample, prompt: Example, said: Completion, fast: bool = False) -> Judgement:

@@ -6,21 +6,25 @@ import io
 import json
 import math
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from fake_guard import FakeMedia
 from hostile import REQUESTS
 from PIL import Image
+from starlette.testclient import TestClient
 from test_images import noise
 from transformers import AutoTokenizer
 
-from gvl_jax.config import Buckets, Moderate
+from gvl_jax.config import Buckets, Moderate, Serve
 from gvl_jax.data import embedded, tiny
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.closing import LABELS
 from gvl_jax.guard.prompt import INSTRUCTION, answer_text, text_pieces
 from gvl_jax.serve import backend as module
+from gvl_jax.serve.app import create_app
 from gvl_jax.serve.backend import Backend, Outage
 from gvl_jax.types import Sample
 
@@ -367,3 +371,21 @@ def test_it_is_ready_while_the_server_reads_the_canaries_as_they_are_meant(direc
 
     with serving(server) as url:
         asyncio.run(main(url))
+
+
+def test_the_server_in_front_of_it(directory, server, monkeypatch):
+    monkeypatch.setattr(module, "AGAIN", 0.01)
+    server.harmful = (0.75, 0.125)
+    asked = {"messages": [{"role": "user", "content": "How do I bake bread?"}], "mode": "fast"}
+    with serving(server) as url:
+        guard = Backend(config_of(directory), url, "guard", KEY)
+        with TestClient(create_app(guard, FakeMedia(), Serve(), begin=guard.start)) as client:
+            while client.get("/health/ready").status_code != 200:
+                time.sleep(0.01)
+            said = client.post("/v1/guard", json=asked).json()
+            assert (said["action"], said["decided_by"], said["verdict"]["request"]) == ("block", "model", "harmful")
+            server.harmful = (0.25, 0.125)
+            assert client.post("/v1/guard", json=asked).json()["action"] == "allow"
+            server.status = 500
+            assert client.post("/v1/guard", json=asked).status_code == 503
+            assert "guard_engine_outage_total 1.0" in client.get("/metrics").text

@@ -20,7 +20,7 @@ from gvl_jax.guard.calibration import (
     reliability,
     sweep,
 )
-from gvl_jax.moderate import Guard, judgement
+from gvl_jax.moderate import calibrated, judgement
 from gvl_jax.sampler import Completion
 from gvl_jax.types import Sample
 
@@ -150,10 +150,10 @@ def test_the_command_says_what_is_missing(rows, config, code, said, model, tmp_p
 
 def test_a_fast_judgement_has_calibrated_scores_and_the_label_of_the_model():
     """Also where the correction carries a score over one half."""
-    guard = SimpleNamespace(calibrations={"request": Calibration("platt", 2.0, -3.0)})
+    calibrations = {"request": Calibration("platt", 2.0, -3.0)}
     prompt, said = SimpleNamespace(tokens=[1, 2, 3]), Completion("", True, 5, scores=(0.9, 0.2))
-    judged = Guard.calibrated(guard, judgement(Sample("a", "How?", "So."), prompt, said, fast=True))
+    judged = calibrated(judgement(Sample("a", "How?", "So."), prompt, said, fast=True), calibrations)
     assert (judged.request, judged.response, judged.flagged) == ("harmful", "unharmful", True)
     assert judged.scores == {"request": pytest.approx(float(expit(np.log(9) / 2 - 3))), "response": 0.2}
-    plain = Guard.calibrated(guard, judgement(Sample("a", "How?"), prompt, said, fast=True))
+    plain = calibrated(judgement(Sample("a", "How?"), prompt, said, fast=True), calibrations)
     assert plain.scores["response"] is None

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -32,6 +32,7 @@ from gvl_jax.data.images import ImageRejected
 from gvl_jax.guard.action import decide
 from gvl_jax.moderate import Judgement
 from gvl_jax.serve import schemas, wire
+from gvl_jax.serve.backend import Backend
 from gvl_jax.serve.calls import Calls
 from gvl_jax.serve.engine import Closed, Engine, Overloaded
 from gvl_jax.serve.fetch import Allowed, fetch
@@ -60,8 +61,10 @@ PAGE = Path(__file__).with_name("page.html")
 OPEN = ("/", "/health/live", "/health/ready")  # routes that need no key: they tell nothing of what is judged
 
 
-def create_app(engine: Engine, media: MediaPool, settings: Serve) -> Starlette:
-    """The ASGI application. It drains the engine when it is shut down.
+def create_app(
+    engine: Engine | Backend, media: MediaPool, settings: Serve, begin: Callable[[], None] = lambda: None
+) -> Starlette:
+    """The ASGI application. It drains the engine when it is shut down. begin: called in the event loop before that.
 
     Raises ConfigError if the file of keys cannot be used."""
     keys = load_keys(settings.keys) if settings.keys else []
@@ -69,6 +72,7 @@ def create_app(engine: Engine, media: MediaPool, settings: Serve) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        begin()
         yield
         await engine.drain()
         media.close()
@@ -137,7 +141,7 @@ class Gate:
 class Front:
     """The endpoints, and what they share."""
 
-    def __init__(self, engine: Engine, media: MediaPool, settings: Serve):
+    def __init__(self, engine: Engine | Backend, media: MediaPool, settings: Serve):
         self.engine, self.media, self.settings = engine, media, settings
         self.metrics, self.calls = Metrics(engine), Calls()
         self.room = Room(settings.max_body * BODIES)

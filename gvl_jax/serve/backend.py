@@ -25,10 +25,11 @@ from gvl_jax.config import Images, Moderate
 from gvl_jax.data.images import PATCH, open_image
 from gvl_jax.data.loader import SampleRejected, to_example
 from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.guard.calibration import load_calibrations
 from gvl_jax.guard.closing import LABELS, closing
 from gvl_jax.guard.prompt import INSTRUCTION, has_response, text_pieces
 from gvl_jax.models.qwen_vl.hub import image_bounds, load_config, resolve
-from gvl_jax.moderate import Judgement, judgement
+from gvl_jax.moderate import Judgement, calibrated, judgement
 from gvl_jax.sampler import Completion
 from gvl_jax.serve.engine import Closed
 from gvl_jax.types import Example, Label, Sample
@@ -75,6 +76,7 @@ class Backend:
         low, high = image_bounds(source)
         self.images = Images(config.min_pixels or low, config.max_pixels or high)
         self.closing = closing(self.tokenizer, load_config(source).text.vocab_size)
+        self.calibrations = load_calibrations(source)  # of fast scores, by task
         self.fingerprint = f"{model}/{hashlib.sha256(INSTRUCTION.encode()).hexdigest()[:12]}"
         self._counts: Counter[str] = Counter()
         self.ready, self.running = False, 0
@@ -141,7 +143,7 @@ class Backend:
             scores = [score for score in said.scores.values() if score is not None]
             band = (self.config.uncertain_from, self.config.uncertain_to)
             if mode == "fast" or (scores and not any(band[0] <= score <= band[1] for score in scores)):
-                return said
+                return calibrated(said, self.calibrations)
         return await self._reason(sample, asked, budget)
 
     def _asked(self, sample: Sample) -> Asked:

@@ -25,7 +25,7 @@ from gvl_jax.decoding import instruction, prefill
 from gvl_jax.guard.prompt import has_response
 from gvl_jax.metrics import CompileCounter, progress
 from gvl_jax.models.qwen_vl.hub import resolve
-from gvl_jax.moderate import Guard, Judgement, judgement
+from gvl_jax.moderate import Guard, Judgement, calibrated, judgement
 from gvl_jax.sampler import Completion, extended
 from gvl_jax.slots import Entry, Slots
 from gvl_jax.types import Example, Sample
@@ -338,7 +338,7 @@ class Engine:
                 line.appendleft(work)
         if again:
             return False
-        self._answer(work, self._guard.calibrated(judged) if work.fast else judged, "judged")
+        self._answer(work, calibrated(judged, self._guard.calibrations) if work.fast else judged, "judged")
         return True
 
     def _fail(self, works: list[Work] | deque[Work]) -> None:

@@ -1,6 +1,7 @@
-"""`gvl serve`: a model, its engine, its decoders and the HTTP server, until SIGTERM."""
+"""`gvl serve`: a model with its engine or on another server, the decoders and the HTTP server, until SIGTERM."""
 
 import math
+import os
 from dataclasses import fields
 
 import uvicorn
@@ -8,6 +9,7 @@ import uvicorn
 from gvl_jax.config import ConfigError, Moderate, Serve
 from gvl_jax.moderate import Guard
 from gvl_jax.serve.app import create_app
+from gvl_jax.serve.backend import Backend
 from gvl_jax.serve.engine import Engine
 from gvl_jax.serve.http import load_keys
 from gvl_jax.serve.media import MediaPool
@@ -24,12 +26,18 @@ def run(config: Serve) -> None:
         load_keys(config.keys)  # found wrong now, not after the model has been loaded
     log_to_stderr()
     common = {field.name for field in fields(Moderate)} & {field.name for field in fields(Serve)}
-    guard = Guard(Moderate(**{name: getattr(config, name) for name in common}))
-    engine = Engine(guard, max_requests=config.max_waiting, max_tokens=config.max_waiting_tokens)
-    engine.start()  # the port is opened when everything is compiled
-    if not engine.ready:
-        raise RuntimeError(f"{config.model} misjudges the engine's canaries; serve a trained guard")
-    app = create_app(engine, MediaPool(guard.images, config.decoders), config)
+    settings = Moderate(**{name: getattr(config, name) for name in common})
+    if config.backend:
+        key = os.environ.get(config.backend_key_variable)
+        backend = Backend(settings, config.backend, config.backend_name or config.model, key)
+        app = create_app(backend, MediaPool(backend.images, config.decoders), config, begin=backend.start)
+    else:
+        guard = Guard(settings)
+        engine = Engine(guard, max_requests=config.max_waiting, max_tokens=config.max_waiting_tokens)
+        engine.start()  # the port is opened when everything is compiled
+        if not engine.ready:
+            raise RuntimeError(f"{config.model} misjudges the engine's canaries; serve a trained guard")
+        app = create_app(engine, MediaPool(guard.images, config.decoders), config)
     LOG.info("serving", extra={"fields": {"host": config.host, "port": config.port, "model": config.model}})
     uvicorn.run(
         app,

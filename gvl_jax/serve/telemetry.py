@@ -11,6 +11,7 @@ from typing import Any, Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
 
+from gvl_jax.serve.backend import Backend
 from gvl_jax.serve.engine import Engine
 from gvl_jax.serve.wire import Answer, code
 
@@ -21,7 +22,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 class Metrics:
     """The counters of one server."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine | Backend):
         self.registry = registry = CollectorRegistry()
         self.responses = Counter("guard_http_responses", "HTTP responses", ["route", "status"], registry=registry)
         self.judged = Counter("guard_judged", "judgements", ["route", "action"], registry=registry)
@@ -51,14 +52,14 @@ class Metrics:
             self.blocked.labels(route).inc()
 
 
-def _reading(engine: Engine, name: Literal["waiting", "running", "ready"]) -> float:
+def _reading(engine: Engine | Backend, name: Literal["waiting", "running", "ready"]) -> float:
     return float(getattr(engine, name))
 
 
 class _EngineCounters:
     """The engine's own counters, and which weights answer."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine | Backend):
         self.engine = engine
 
     def collect(self) -> Iterator[Metric]:
