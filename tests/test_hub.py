@@ -259,7 +259,8 @@ def test_table_has_the_published_number_of_parameters(published, count):
     assert sum(int(np.prod(weight.shape)) * len(weight.paths) for weight in weights) == count
 
 
-def test_dtype_is_cast_on_load_and_on_save(checkpoint, tmp_path):
+def test_dtype_is_cast_on_load_and_on_save(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "BLOCK", 1000)  # a few rows at a time, also of a layer
     source = checkpoint(dtype="bfloat16")
     config = load_config(source)
     kept, wide = load_params(source, config), load_params(source, config, "float32")

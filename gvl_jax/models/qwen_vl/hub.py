@@ -346,14 +346,14 @@ def _write_shard(path: Path, tensors: dict[str, tuple[Weight, int]], leaves: dic
 
 def _stored(leaves: dict[str, Array], weight: Weight, layer: int, dtype: np.dtype) -> Iterator[np.ndarray]:
     """One tensor as the checkpoint stores it, in blocks of rows: the inverse of `_read`. Of a distributed state every
-    device gets a copy of the block: the whole tensor of a layer, but of an embedding only some rows at a time."""
+    device gets a copy of the block."""
     before = (slice(None),) * len(weight.inputs)
     outputs, size = weight.outputs[0], prod(weight.inputs) * prod(weight.outputs[1:]) * 4
-    step = outputs if weight.layers else min(outputs, max(1, BLOCK // size))
+    step = min(outputs, max(1, BLOCK // size))
     for path in weight.paths:
         leaf = leaves[path][layer] if weight.layers else leaves[path]
         for at in range(0, outputs, step):
-            block = leaf if step == outputs else leaf[(*before, slice(at, at + step))]
+            block = leaf[(*before, slice(at, at + step))]
             if isinstance(block, jax.Array) and not block.is_fully_addressable:
                 block = multihost_utils.process_allgather(block, tiled=True)
             # contiguous: the file gets the buffer, whatever the strides
