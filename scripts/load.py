@@ -5,6 +5,8 @@
 An offered load is a multiple of the highest rate of the clients before it, at random moments. An answer is good if the
 model decided it, and within the deadline: one that failed closed, was refused or did not come counts as an error.
 lag: the 95th percentile of how late a request left; where it is not small, this program is the limit, not the server.
+--transformers CHECKPOINT: after that the same requests, one by one, through `generate` of transformers in this process,
+in fp32; of mode fast the label alone.
 """
 
 import argparse
@@ -15,7 +17,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +42,16 @@ class Answer(NamedTuple):
     error: str  # empty: good
 
 
-def bodies(mode: str, deadline_ms: int) -> list[bytes]:
-    """The requests, which are sent in turn: three of text, one with a picture."""
+def drawing() -> bytes:
+    """The picture that goes with the last text."""
     file = io.BytesIO()
     Image.radial_gradient("L").convert("RGB").save(file, "JPEG")
-    picture = {"url": "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")}
+    return file.getvalue()
+
+
+def bodies(mode: str, deadline_ms: int) -> list[bytes]:
+    """The requests, which are sent in turn: three of text, one with a picture."""
+    picture = {"url": "data:image/jpeg;base64," + base64.b64encode(drawing()).decode("ascii")}
     contents: list[list[dict[str, Any]]] = [[{"type": "text", "text": text}] for text in TEXTS]
     contents[-1].append({"type": "image_url", "image_url": picture})
     shared = {"mode": mode, "deadline_ms": deadline_ms}
@@ -105,6 +113,46 @@ async def opened(server: Server, requests: list[bytes], rate: float, seconds: fl
     return await asyncio.gather(*map(one, range(len(due))))
 
 
+def one_by_one(checkpoint: str, modes: list[str], seconds: float) -> Iterator[dict[str, Any]]:
+    """→ rows of what `generate` needs for the same requests."""
+    import torch
+
+    from gvl_jax.bench import theirs
+    from gvl_jax.bench.inputs import Workload, World
+    from gvl_jax.config import Images
+    from gvl_jax.data.loader import to_example
+    from gvl_jax.data.tokenizer import load_tokenizer
+    from gvl_jax.guard.closing import closing
+    from gvl_jax.models.qwen_vl.hub import image_bounds, load_config, resolve
+    from gvl_jax.sampler import extended
+    from gvl_jax.types import Sample
+
+    source = resolve(checkpoint)
+    tokenizer, config = load_tokenizer(source), replace(load_config(source), dtype="float32")
+    world, close = World(config, source, Workload()), closing(tokenizer, config.text.vocab_size)
+    samples = [Sample("", text, None, (drawing(),) if text == TEXTS[-1] else ()) for text in TEXTS]
+    prompts = [to_example(sample, tokenizer, Images(*image_bounds(source)), 4096) for sample in samples]
+    model, label, node = theirs.load(world), 0, int(close.fast[0])
+    while node:
+        label, node = label + 1, int(close.next[node][0])
+    for mode in modes:
+        reads = [extended(prompt, close.opening) for prompt in prompts] if mode == "fast" else prompts
+        batches = [theirs.inputs(world, [prompt], left=True) for prompt in reads]
+        new = label if mode == "fast" else 512 + int(close.length)
+
+        def ask(number: int, batches: list = batches, new: int = new) -> None:
+            model.generate(**batches[number % len(batches)], max_new_tokens=new, do_sample=False)
+
+        threads = theirs.settle(lambda ask=ask: [ask(number) for number in range(len(TEXTS))])
+        answers, began = [], time.monotonic()
+        while time.monotonic() - began < seconds:
+            since = time.monotonic()
+            ask(len(answers))
+            answers.append(Answer(time.monotonic() - since, 0.0, ""))
+        yield row(mode, f"transformers, {threads} threads", answers, time.monotonic() - began, None)
+        torch.set_num_threads(1)
+
+
 def megabytes(pid: int | None) -> float | None:
     """Memory that a process holds now."""
     if pid is None:
@@ -114,17 +162,20 @@ def megabytes(pid: int | None) -> float | None:
 
 
 async def measured(mode: str, load: str, pid: int | None, answering: Awaitable[list[Answer]]) -> dict[str, Any]:
-    """A row of the table."""
     began = time.monotonic()
     answers = await answering
-    seconds = time.monotonic() - began
+    return row(mode, load, answers, time.monotonic() - began, megabytes(pid))
+
+
+def row(mode: str, load: str, answers: list[Answer], seconds: float, memory: float | None) -> dict[str, Any]:
+    """Of the table."""
     good = [answer.seconds * 1000 for answer in answers if not answer.error]
     p50, p95, p99 = np.percentile(good, (50, 95, 99)).tolist() if good else (None, None, None)
     errors = Counter(answer.error for answer in answers if answer.error)
     rates = {"answers/s": len(answers) / seconds, "good/s": len(good) / seconds}
     lag = float(np.percentile([answer.lag * 1000 for answer in answers], 95))
     times = {"p50 ms": p50, "p95 ms": p95, "p99 ms": p99, "lag ms": lag}
-    return {"mode": mode, "load": load, "sent": len(answers), **rates, **times, "MB": megabytes(pid), "errors": errors}
+    return {"mode": mode, "load": load, "sent": len(answers), **rates, **times, "MB": memory, "errors": errors}
 
 
 async def run(args: argparse.Namespace) -> AsyncIterator[dict[str, Any]]:
@@ -137,9 +188,9 @@ async def run(args: argparse.Namespace) -> AsyncIterator[dict[str, Any]]:
         capacity = 0.0
         for clients in args.clients:
             answering = closed(server, requests, clients, args.seconds)
-            row = await measured(mode, f"{clients} clients", args.pid, answering)
-            capacity = max(capacity, row["good/s"])
-            yield row
+            one = await measured(mode, f"{clients} clients", args.pid, answering)
+            capacity = max(capacity, one["good/s"])
+            yield one
         for factor in args.offered if capacity else ():
             answering = opened(server, requests, factor * capacity, args.seconds)
             yield await measured(mode, f"{factor:g}x, {factor * capacity:.1f}/s", args.pid, answering)
@@ -152,16 +203,24 @@ def line(cells: list[Any]) -> str:
 
 async def report(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
-    print(line(list(COLUMNS)))
-    async for row in run(args):
-        rows.append(row)
-        errors = ", ".join(f"{count} {error}" for error, count in row["errors"].most_common())
-        print(line([row[name] for name in COLUMNS[:-1]] + [errors]), flush=True)
+
+    def show(one: dict[str, Any]) -> None:
+        rows.append(one)
+        errors = ", ".join(f"{count} {error}" for error, count in one["errors"].most_common())
+        print(line([one[name] for name in COLUMNS[:-1]] + [errors]), flush=True)
         if args.json:
             part = args.json.with_name(args.json.name + ".part")
             part.write_text(json.dumps({"seconds": args.seconds, "rows": rows}, indent=1), encoding="utf-8")
             part.replace(args.json)
-    return 0 if any(row["good/s"] for row in rows) else 1
+
+    print(line(list(COLUMNS)))
+    async for one in run(args):
+        show(one)
+    if args.transformers:
+        modes = [mode for mode in args.modes if mode != "auto"]  # it has no such mode
+        for one in one_by_one(args.transformers, modes, args.seconds):
+            show(one)
+    return 0 if any(one["good/s"] for one in rows) else 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,6 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deadline-ms", type=int, default=10_000)
     parser.add_argument("--key", help="bearer key")
     parser.add_argument("--pid", type=int, help="of the server, to see its memory")
+    parser.add_argument("--transformers", metavar="CHECKPOINT", help="what the server serves; needs the test extra")
     parser.add_argument("--json", type=Path, help="file to write")
     return asyncio.run(report(parser.parse_args(argv)))
 
