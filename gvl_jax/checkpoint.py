@@ -7,6 +7,7 @@ truncated files by itself, but not flipped bits.
 
 import io
 import logging
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+
+from gvl_jax.sharding import exchange
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +105,13 @@ class Checkpoints:
             f"no checkpoint in {self.folder} can be read ({reasons or 'there is none'}); start anew in another folder"
         )
 
-    def keep_part(self, step: int, number: int, arrays: dict[str, np.ndarray]) -> None:
-        """Keep what this process has finished of `step`, which is not done: its part `number`. See `parts`."""
+    def keep_part(self, step: int, first: int, arrays: dict[str, np.ndarray]) -> None:
+        """Keep what this process has finished of `step`, which is not done. first: an item of it, in no other part."""
         file = io.BytesIO()
         np.savez(file, **arrays)  # type: ignore[arg-type]
         folder = self.folder / "parts"
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{step}-{jax.process_index()}-{number}.npz"
+        name = f"{step}-{first}.npz"
         (folder / f"{name}.unfinished").write_bytes(file.getvalue())
         (folder / f"{name}.unfinished").replace(folder / name)
 
@@ -117,8 +120,11 @@ class Checkpoints:
         folder, found = self.folder / "parts", []
         for path in sorted(folder.iterdir()) if folder.exists() else []:
             if path.name.startswith(f"{step}-") and path.suffix == ".npz":
-                with np.load(io.BytesIO(path.read_bytes())) as arrays:
-                    found.append(dict(arrays))
+                try:
+                    with np.load(io.BytesIO(path.read_bytes())) as arrays:
+                        found.append(dict(arrays))
+                except (EOFError, ValueError, zipfile.BadZipFile) as error:  # lost before it was on disk
+                    log.warning("%s is damaged (%s); what it held is made again", path, error)
             elif jax.process_index() == 0 and not path.name.startswith(f"{step}-"):
                 path.unlink(missing_ok=True)
         return found
@@ -136,7 +142,14 @@ class Checkpoints:
             raise CheckpointError("no state in it")
         _check_fits(self.folder / str(step), {path: _shape(leaf) for path, leaf in stored.items()}, expected)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(expected), meta=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
+        restored, failed = None, None
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # perhaps of this process's part alone
+            failed = error
+        if exchange(np.array([restored is None])).any():  # all of them go on to the one before, or none
+            raise failed or CheckpointError("another process cannot read its part")
+        assert restored is not None
         bits = _bits(restored.state)
         wrong = [path for path in bits if bits[path] != restored.meta["bits"][path]]
         if wrong:

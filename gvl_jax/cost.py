@@ -86,6 +86,15 @@ def prefill(config: QwenVLConfig, count: int, length: int, patches: tuple[int, .
     return rows(config, 1, shared) + rows(config, count, length, patches, shared)
 
 
+def groups(
+    config: QwenVLConfig, count: int, length: int, patches: tuple[int, ...], shared: int, group_size: int, answer: int
+) -> Work:
+    """`prefill`, and `group_size` completions of `answer` tokens on each row, all tokens at once; no logits."""
+    own = count * group_size * answer
+    flops = decoder_flops(config.text, own, own * (shared + length + answer))
+    return prefill(config, count, length, patches, shared) + Work(own, flops, kv_bytes(config, own), 0.0)
+
+
 def decode(config: QwenVLConfig, prompts: int, group_size: int, prompt: int, new: int) -> Work:
     """`new` tokens of `group_size` completions on each of `prompts` prompts, whose keys and values are there."""
     text, completions = config.text, prompts * group_size

@@ -9,9 +9,11 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +24,12 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
+from gvl_jax.run_folder import keep_rows
+
 Item = TypeVar("Item")
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
+AT_ONCE = min(8, os.cpu_count() or 1)  # programs compiled ahead, gigabytes of host memory each
 LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -42,10 +47,7 @@ class MetricsWriter:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path, last = folder / "metrics.jsonl", -1 if resume_step is None else resume_step
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last]
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)  # a kill leaves the old log or the new one
+        keep_rows(path, lambda row: row["step"] <= last)
         self._log = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
 
@@ -66,17 +68,15 @@ class MetricsWriter:
             self._board.flush()
         check_finite(step, scalars)
 
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Into TensorBoard alone."""
+        if self._log is not None:
+            self._board.add_histogram(name, values, step)
+
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
             self._board.close()
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Lines of a log, without a last one that a kill cut short."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def check_finite(step: int, scalars: Mapping[str, float]) -> None:
@@ -89,12 +89,14 @@ def check_finite(step: int, scalars: Mapping[str, float]) -> None:
         )
 
 
-def throughput(tokens: int, slots: int, seconds: float) -> dict[str, float]:
-    """Of one step over all processes: `tokens` real ones in `slots` places, padding included."""
+def throughput(tokens: int, slots: int, flops: float, seconds: float) -> dict[str, float]:
+    """Of one step over all processes: `tokens` real ones in `slots` places, padding included; flops: by `cost`, without
+    what is computed again. Divide the last number by the device's peak: MFU."""
     return {
         "perf/seconds": seconds,
         "perf/tokens_per_second": tokens / seconds,
         "perf/padding_share": 1 - tokens / slots,
+        "perf/tflops_per_device": flops / seconds / jax.device_count() / 1e12,
     }
 
 
@@ -161,11 +163,16 @@ def compile_ahead(calls: Mapping[str, tuple[Any, tuple, dict[str, Any]]]) -> dic
     the calls of the function itself. → the executables, whose memory_analysis and cost_analysis can be read.
     """
     compiled = {}
-    with progress(len(calls), "compile") as advance:
-        for name, (jitted, args, kwargs) in calls.items():
-            compiled[name] = jitted.lower(*args, **kwargs).compile()
-            advance(note=name)
+    with progress(len(calls), "compile") as advance, ThreadPoolExecutor(AT_ONCE) as pool:
+        ahead = {pool.submit(_compiled, *call): name for name, call in calls.items()}
+        for one in as_completed(ahead):
+            compiled[ahead[one]] = one.result()
+            advance(note=ahead[one])
     return compiled
+
+
+def _compiled(jitted: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return jitted.lower(*args, **kwargs).compile()
 
 
 class Recompiled(RuntimeError):
@@ -177,11 +184,13 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()  # `compile_ahead` compiles in threads
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **details: str | int) -> None:
         if event == COMPILED:
-            self.counts[str(details.get("fun_name", "?"))] += 1
+            with self._lock:
+                self.counts[str(details.get("fun_name", "?"))] += 1
 
     @property
     def total(self) -> int:

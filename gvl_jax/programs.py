@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gvl_jax import cost, decoding, rl, sft
 from gvl_jax.config import Rl, Sft
 from gvl_jax.data.packing import UNIT, Layout, blank
+from gvl_jax.groups import completion_bucket, completions
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.model import abstract_params
 from gvl_jax.optim import optimizer, split_trained, update
@@ -135,7 +136,7 @@ def sampling_shapes(stage: Stage) -> Rollout:
     return Rollout(
         shaped(alone, jax.eval_shape(apart, stage.params), jnp.dtype(model.dtype)),
         max(config.buckets.prompt) - len(stage.layout.shared),
-        min((size for size in config.buckets.completion if size >= budget), default=budget),
+        completion_bucket(config, budget),
         () if config.trained == "language" else (max(config.buckets.patches),),
         bytes_of((stage.params, stage.opt_state, stage.trained)),
     )
@@ -202,10 +203,9 @@ def rl_programs(stage: Stage) -> list[Program]:
     copy, S, J, pictures, training = sampling_shapes(stage)
     B, R, shared = config.prompts, config.group_size, len(stage.layout.shared)
     own, V = B * R * J, model.text.vocab_size
-    forward = cost.prefill(model, B, S, pictures, shared)
-    forward += cost.Work(own, cost.decoder_flops(model.text, own, own * (S + shared + J)), 0, 0.0)
+    forward = cost.groups(model, B, S, pictures, shared, R, J)
     work = cost.train(model, forward, own, remat=config.remat == "layers")
-    batch, done = prompts(stage, B, S), rl._completions(config, J, first=False)
+    batch, done = prompts(stage, B, S), completions(config, J)
     programs = rollout_programs(stage)
     if config.prompts_per_step > config.prompts_per_update:
         heat, banned = local(np.float32(0)), local(np.zeros(V, bool))

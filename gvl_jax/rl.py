@@ -9,11 +9,10 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +21,19 @@ from jax.sharding import Mesh
 from PIL import Image
 from sklearn.metrics import f1_score
 
+from gvl_jax import cost
 from gvl_jax.checkpoint import Checkpoints
 from gvl_jax.config import ConfigError, Rl
 from gvl_jax.data.loader import SampleRejected, step_count, steps, to_example
-from gvl_jax.data.packing import batch_prompts, fitted, in_rounds, shape_of
+from gvl_jax.data.packing import batch_prompts
 from gvl_jax.data.prepared import load_samples
 from gvl_jax.data.records import to_record
 from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.groups import Completions, Group, filled, in_step, micro_batches, rewarded
 from gvl_jax.guard.mixing import mix, mixed_set
-from gvl_jax.guard.reward import RewardParts, length_aware_reward
-from gvl_jax.losses import clip_schedule, group_advantages, policy_loss
-from gvl_jax.metrics import MetricsWriter, progress, timed
+from gvl_jax.guard.reward import RewardParts
+from gvl_jax.losses import clip_schedule, policy_loss
+from gvl_jax.metrics import CompileCounter, MetricsWriter, compile_ahead, progress, timed
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve, save_params
 from gvl_jax.models.qwen_vl.model import abstract_params, bind
@@ -47,14 +48,13 @@ from gvl_jax.run_folder import (
     sample_row,
     stopping,
 )
-from gvl_jax.sampler import BUDGET, Sampler, completion_logprobs, score
+from gvl_jax.sampler import BUDGET, Sampler, completion_logprobs
 from gvl_jax.sharding import (
-    agree,
+    abstract,
     copies,
     exchange,
     gather,
     make_mesh,
-    own_parts,
     place,
     shardings,
     value_and_grad,
@@ -63,37 +63,6 @@ from gvl_jax.types import Batch, Example, Remat, Rollout, Sample, Vision
 
 MIXES_SHOWN = 20  # in mixed_examples.jsonl, with their pictures as they were before merging
 KEEP_EVERY = 10.0  # seconds between two writes of what is finished of a rollout
-
-
-class Group(NamedTuple):
-    """One prompt with its completions, rewarded."""
-
-    number: int  # of the prompt in its step
-    sample: Sample
-    prompt: Example | None  # None: it is on another process, or not needed any more
-    tokens: np.ndarray  # i32[R, J]
-    logprobs: np.ndarray  # f32[R, J] by the sampler
-    lengths: np.ndarray  # i32[R]
-    stopped: np.ndarray  # i32[R]
-    texts: list[str]
-    rewards: list[RewardParts]
-    advantages: np.ndarray  # f32[R]
-
-    def light(self) -> "Group":
-        """What the other processes must know of it."""
-        nothing = self.tokens[:0]
-        return self._replace(sample=self.sample._replace(images=()), prompt=None, tokens=nothing, logprobs=nothing)
-
-
-class Completions(NamedTuple):
-    """The completions of a micro-batch of prompts, as the loss reads them."""
-
-    tokens: np.ndarray  # i32[B, R, J]
-    mask: np.ndarray  # bool[B, R, J]
-    advantages: np.ndarray  # f32[B, R]
-    sampled: np.ndarray  # f32[B, R, J] the sampler's log-probs
-    old_logprobs: np.ndarray  # f32[B, R, J] of the policy that sampled; not read if the policy in training is that one
-    on_policy: np.ndarray  # bool[] it is: the first update of a step
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "remat", "mean", "mesh"), donate_argnames=("grads",))
@@ -186,6 +155,11 @@ def run(config: Rl) -> Path:
     # ---------------------------------------------------------------- loop
     rejected: Counter[str] = Counter()
     rewards: list[float] = []  # since the last checkpoint
+    buckets, compiles = config.buckets, CompileCounter()
+    possible = len(buckets.prompt) * (len(buckets.completion) + 1) * (len(buckets.patches) + 1)
+    micro_step = compiles.watch(accumulate, expected=possible)
+    compiled: set[tuple[int, ...]] = set()  # shapes of micro-batches
+    static = {"model_config": model_config, "remat": config.remat, "mean": config.loss_mean, "mesh": mesh}
     todo = steps(
         samples,
         build,
@@ -222,19 +196,31 @@ def run(config: Rl) -> Path:
             parts = range(config.prompts_per_step // config.prompts_per_update)
             in_part = [[group for group in ours if group.number // config.prompts_per_update == i] for i in parts]
             # All old log-probs come from the policy that sampled: before the first update, which needs none.
-            scored = [_scored(config, sampler, models, part, first=not i) for i, part in enumerate(in_part)]
+            scored = [micro_batches(config, sampler, models, part, first=not i) for i, part in enumerate(in_part)]
             del models
+            rounds = [in_step(config, mesh, one) for one in scored]
+            rest = (np.float32(config.sampling.temperature), sampler.vocabulary.banned, clip)
+            new = {shape for some in rounds for shape, _ in some} - compiled
+            if new:  # those of a step together, before it: of the buckets' many combinations few occur
+                one = np.float32(1)
+                compile_ahead({
+                    f"{patches} patches, {rows} x {width} + {length} tokens": (micro_step, (
+                        state["trained"], frozen, grads,
+                        *abstract(mesh, filled(config, sampler, (patches, rows, width, length), None)), *rest, one,
+                    ), static)
+                    for patches, rows, width, length in sorted(new)
+                })  # fmt: skip
+                compiled |= new
             sums: list[list[dict]] = []
             for i in parts:
                 lengths = [group.lengths for group in groups if group.number // config.prompts_per_update == i]
                 total = sum(int(one.sum()) if config.loss_mean == "token" else len(one) for one in lengths)
                 sums.append([])
-                for batch, done in _rounds(config, sampler, mesh, scored[i], ours, first=not i):
-                    grads, seen = accumulate(
-                        state["trained"], frozen, grads, batch, done, np.float32(config.sampling.temperature),
-                        sampler.vocabulary.banned, clip, np.float32(total),
-                        model_config=model_config, remat=config.remat, mean=config.loss_mean, mesh=mesh,
-                    )  # fmt: skip
+                for shape, some in rounds[i]:
+                    inputs = place(mesh, [filled(config, sampler, shape, one, first=not i) for one in some])
+                    grads, seen = micro_step(
+                        state["trained"], frozen, grads, *inputs, *rest, np.float32(total), **static
+                    )
                     sums[i].append(seen)
                 if sums[i]:  # groups of equal rewards have no gradient
                     state["trained"], state["opt_state"], norm, grads = update(
@@ -244,9 +230,17 @@ def run(config: Rl) -> Path:
             scalars = _summary(groups, jax.device_get(sums), clip)
             scalars |= {"train/learning_rate": rate, "perf/rollout_seconds": rolled - began}
             scalars |= {"rollout/idle_share": 1 - sampler.used_steps / max(1, sampler.slot_steps)}
-            scalars |= {"perf/update_seconds": time.monotonic() - rolled, "perf/input_seconds": waited}
+            seconds, parallel = time.monotonic() - rolled, mesh.size // config.mesh.tensor
+            computed = _computed(config, sampler, [shape for some in rounds for shape, _ in some])
+            scalars |= {
+                "perf/update_seconds": seconds,
+                "perf/update_padding_share": 1 - scalars.get("train/tokens", 0.0) / max(1, parallel * computed.tokens),
+                "perf/update_tflops_per_device": computed.flops / config.mesh.tensor / seconds / 1e12,
+                "perf/input_seconds": waited,
+            }
             scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
-            metrics.write(step, scalars)
+            metrics.write(step, scalars | {"perf/compiles": compiles.total})
+            metrics.histogram(step, "rollout/lengths", np.concatenate([group.lengths for group in groups]))
             rewards.append(scalars["reward/total"])
             if me == 0:
                 append_rows(folder / "samples.jsonl", (_row(step, group, folder) for group in ours[:4]))
@@ -255,6 +249,7 @@ def run(config: Rl) -> Path:
                 rewards.clear()
             advance(note=f"reward {scalars['reward/total']:.3f} right {scalars['reward/safety']:.3f}")
     metrics.close()
+    compiles.close()
 
     # ---------------------------------------------------------------- export
     save_params(target, state["trained"] | frozen, model_config, dtype=config.dtype, source=source)
@@ -287,20 +282,22 @@ def _roll_out(
     checkpoints: Checkpoints, asked: Callable[[], bool],
 ) -> list[Group]:  # fmt: skip
     """A rewarded group for every prompt of this process, in their order: what a killed run has finished of this step,
-    and the rest anew. Asked to stop: those that are finished, which are kept."""
+    and the rest anew. Asked to stop: those that are finished, which are kept.
+
+    The rest has the same prompts and keys, but other neighbours: in fp32 its tokens are those that it would have had,
+    in bfloat16 a rounding may send a draw another way."""
     groups: dict[int, Group] = {}
 
     def add(indices: Iterable[int], rollout: Rollout) -> None:
         for row, (index, texts) in enumerate(zip(indices, sampler.texts(rollout), strict=True)):
             if index in prompts:  # else it is another process's
-                groups[index] = _rewarded(config, index, *prompts[index], Rollout(*(a[row] for a in rollout)), texts)
+                groups[index] = rewarded(config, index, *prompts[index], Rollout(*(a[row] for a in rollout)), texts)
 
-    kept = checkpoints.parts(step)
-    for part in kept:
+    for part in checkpoints.parts(step):
         add(part.pop("index").tolist(), Rollout(**part))
     left = [index for index in prompts if index not in groups]
     fresh: list[tuple[list[int], Rollout]] = []
-    written, saved_at = len(kept), time.monotonic()
+    saved_at = time.monotonic()
     rollouts = sampler(
         models, [prompts[index][1] for index in left], group_size=config.group_size, seed=config.seed, step=step,
         names=left,
@@ -311,84 +308,11 @@ def _roll_out(
         if asked() or time.monotonic() - saved_at > KEEP_EVERY:
             arrays = {name: np.concatenate([getattr(one, name) for _, one in fresh]) for name in Rollout._fields}
             indices = np.array([index for some, _ in fresh for index in some])
-            checkpoints.keep_part(step, written, {"index": indices, **arrays})
-            fresh, written, saved_at = [], written + 1, time.monotonic()
+            checkpoints.keep_part(step, int(indices[0]), {"index": indices, **arrays})
+            fresh, saved_at = [], time.monotonic()
         if asked():
             break
     return [groups[index] for index in prompts if index in groups]
-
-
-def _rewarded(config: Rl, index: int, sample: Sample, prompt: Example, rollout: Rollout, texts: list[str]) -> Group:
-    """rollout: of this prompt alone, tokens i32[R, J]."""
-    rewards = [
-        length_aware_reward(
-            text, sample.request_label, sample.response_label, beta=config.beta, max_length=config.max_length,
-            rule=config.reward, finished=bool(why != BUDGET),
-        )
-        for text, why in zip(texts, rollout.stopped, strict=True)
-    ]  # fmt: skip
-    totals = np.array([[reward.total for reward in rewards]], np.float32)
-    advantages = np.asarray(group_advantages(totals, config.std_epsilon))[0]
-    drawn = (rollout.tokens, rollout.logprobs, rollout.lengths, rollout.stopped)
-    return Group(index, sample, prompt, *drawn, texts, rewards, advantages)
-
-
-def _scored(config: Rl, sampler: Sampler, models: list[dict], groups: list[Group], first: bool) -> list:
-    """Micro-batches (Batch, Completions) of the groups that have a gradient: those whose rewards differ.
-
-    first: for the first update of a step, whose old log-probs are its own.
-    """
-    useful = [group for group in groups if np.any(group.advantages != 0)]
-    prompts = [group.prompt for group in useful if group.prompt is not None]
-    temperature, banned = np.float32(config.sampling.temperature), sampler.vocabulary.banned
-    scored = []
-    for number, (indices, batch) in enumerate(
-        batch_prompts(prompts, rows=config.prompts, lengths=config.buckets.prompt, layout=sampler.layout)
-    ):
-        members = [useful[i] for i in indices]
-        longest = max(int(group.lengths.max()) for group in members)
-        length = min((size for size in config.buckets.completion if size >= longest), default=longest)
-        done = _completions(config, length, first)
-        for row, group in enumerate(members):
-            width = min(length, group.tokens.shape[1])
-            done.tokens[row, :, :width], done.sampled[row, :, :width] = (
-                group.tokens[:, :width],
-                group.logprobs[:, :width],
-            )
-            done.mask[row] = np.arange(length)[None] < group.lengths[:, None]
-            done.advantages[row] = group.advantages
-        if not first:  # read below, when all devices have something to do
-            params, options = models[number % len(models)], {"config": sampler.model_config}
-            done = done._replace(
-                old_logprobs=score(params, batch, done.tokens, temperature, banned, done.mask, **options)
-            )
-        scored.append((batch, done))
-    return [(batch, done._replace(old_logprobs=np.asarray(done.old_logprobs))) for batch, done in scored]
-
-
-def _completions(config: Rl, length: int, first: bool) -> Completions:
-    """Room for the completions of a micro-batch."""
-    shape = (config.prompts, config.group_size, length)
-    return Completions(
-        np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape[:2], np.float32), np.zeros(shape, np.float32),
-        np.zeros(shape, np.float32), np.asarray(first),
-    )  # fmt: skip
-
-
-def _rounds(config: Rl, sampler: Sampler, mesh: Mesh, scored: list, ours: list[Group], first: bool) -> Iterator:
-    """(Batch, Completions) of all devices of all processes, one micro-batch of each after the other."""
-    parts, bound = len(own_parts(mesh)), config.prompts_per_update // jax.process_count()
-    merged = next((group.prompt.merged for group in ours if group.prompt and group.prompt.merged is not None), None)
-    rounds = in_rounds(scored, parts, lambda one: (*shape_of(one[0]), one[1].tokens.shape[2]))
-    shapes, _ = agree([shape for shape, _ in rounds], bound)
-    for number, (*shape, length) in enumerate(shapes):
-        some = rounds[number][1] if number < len(rounds) else []
-        padded = []
-        for batch, done in some + [(None, _completions(config, length, first))] * (parts - len(some)):
-            more = ((0, 0), (0, 0), (0, length - done.tokens.shape[2]))
-            done = Completions(*(np.pad(array, more) if array.ndim == 3 else array for array in done))
-            padded.append((fitted(batch, shape, sampler.layout, merged), done))
-        yield place(mesh, padded)
 
 
 def _summary(groups: list[Group], sums: list[list[dict]], clip) -> dict[str, float]:
@@ -421,6 +345,7 @@ def _summary(groups: list[Group], sums: list[list[dict]], clip) -> dict[str, flo
         tokens = total("tokens")
         summary |= {
             "train/sampler_gap": total("gap", sums[0]) / max(1.0, total("tokens", sums[0])),
+            "train/tokens": tokens,
             "train/loss": total("loss"),
             "train/grad_norm": float(np.mean([one["grad_norm"] for one in every if "grad_norm" in one])),
             "train/clip": float(every[0]["clip_low"][0]),  # as the loss saw it
@@ -431,6 +356,18 @@ def _summary(groups: list[Group], sums: list[list[dict]], clip) -> dict[str, flo
             "train/entropy": total("entropy") / tokens,
         }
     return summary
+
+
+def _computed(config: Rl, sampler: Sampler, shapes: list[tuple[int, ...]]) -> cost.Work:
+    """What each part of the rows computes in micro-batches of these shapes: tokens of completions, padding included,
+    and FLOPs without what is computed again."""
+    model, shared, done = sampler.model_config, len(sampler.layout.shared), cost.Work(0, 0.0, 0, 0.0)
+    for patches, rows, width, length in shapes:
+        pictures = (patches,) if config.trained == "all" else ()
+        forward = cost.groups(model, rows, width, pictures, shared, config.group_size, length)
+        own = rows * config.group_size * length
+        done += cost.train(model, forward, own, remat=False)._replace(tokens=own)
+    return done
 
 
 def _row(step: int, group: Group, folder: Path) -> dict:

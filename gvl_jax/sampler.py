@@ -185,16 +185,15 @@ class Sampler:
             try:
                 with jax.default_device(device):
                     shares = [prompts[i] for i in mine], keys[mine], limits[mine], answered[mine]
-                    for indices, rollout in one._refilled(params, *shares, fast) if mine else ():
+                    for indices, rollout in one._refilled(params, *shares, fast, stop) if mine else ():
                         finished.put(([mine[i] for i in indices], rollout))
-                        if stop.is_set():
-                            break
                 finished.put(one)
             except BaseException as error:  # the reader raises it
                 finished.put(error)
 
-        for number, params in enumerate(several):
-            threading.Thread(target=work, args=(number, params), daemon=True).start()
+        threads = [threading.Thread(target=work, args=one, daemon=True) for one in enumerate(several)]
+        for thread in threads:
+            thread.start()
         left = len(several)
         try:
             while left:
@@ -207,8 +206,10 @@ class Sampler:
                     self.used_steps += item.used_steps
                 else:
                     yield item
-        finally:
+        finally:  # a thread that still decodes would hold up the end of the process
             stop.set()
+            for thread in threads:
+                thread.join()
 
     def _prefilled(self, params, shared, prompts: Sequence[Example], S: int) -> Iterator[tuple]:
         """Prompts one after the other, computed in packed micro-batches when the first of one is asked for."""
@@ -224,7 +225,8 @@ class Sampler:
             slots=slots, sizes=sizes, columns=columns, chunk=chunk,
         )  # fmt: skip
 
-    def _refilled(self, params, prompts: Sequence[Example], keys, limits, answered, fast: bool):
+    def _refilled(self, params, prompts: Sequence[Example], keys, limits, answered, fast: bool, stop=None):
+        """stop: an Event that ends it."""
         B, group_size, budget = self.rows, keys.shape[1], self.sampling.max_new_tokens
         R = min(self.slots or group_size, group_size)
         most = max(len(prompt.tokens) for prompt in prompts)
@@ -238,7 +240,7 @@ class Sampler:
         slots = self.slots_for(params, shared, R, (S,), min(CHUNK, budget), CHUNK)
         line = self._prefilled(params, shared, prompts, S)
         waiting = next(line, None)
-        while True:
+        while not (stop and stop.is_set()):
             while waiting is not None and (free := len(slots.free)):  # those of one micro-batch enter together
                 kept = waiting[1]
                 entering: list[Entry] = []

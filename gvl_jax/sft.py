@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gvl_jax import cost
 from gvl_jax.checkpoint import Checkpoints
 from gvl_jax.config import ConfigError, Sft
 from gvl_jax.data.loader import SampleRejected, step_count, steps, to_example
@@ -161,13 +162,13 @@ def run(config: Sft) -> Path:
         read_at = time.monotonic()
         losses: list[float] = []  # since the last checkpoint
 
-        def read(step: int, scalars: dict, tokens: int, slots: int) -> None:
+        def read(step: int, scalars: dict, tokens: int, slots: int, flops: float) -> None:
             """Log a step: waits for the device, and raises if the loss is not finite."""
             nonlocal read_at
             loss, before = float(scalars["train/loss"]), read_at
             read_at = time.monotonic()
-            losses.append(loss)
-            scalars |= throughput(tokens, max(slots, 1), read_at - before)
+            losses.extend([loss] if tokens else [])
+            scalars |= throughput(tokens, max(slots, 1), flops, read_at - before)
             metrics.write(step, scalars | {"perf/compiles": compiles.total})
             advance(note=f"loss {loss:.3f}")
 
@@ -182,8 +183,8 @@ def run(config: Sft) -> Path:
             if stop:
                 if unread:
                     read(*unread)
-                if checkpoints.latest() != step:
-                    checkpoints.save(step, state, {"step": step}, -float(np.mean(losses)))
+                if step and checkpoints.latest() != step:
+                    checkpoints.save(step, state, {"step": step}, -float(np.mean(losses or [np.inf])))
                 raise Stopped(f"saved after step {step} of {total_steps}")
             if not rounds and not step:
                 first = next(iter(ours.rejected), "on another process")
@@ -193,21 +194,25 @@ def run(config: Sft) -> Path:
                 batch = placed(shape, ours.rounds[number][1] if number < len(ours.rounds) else [])
                 grads, share = micro_step(state["trained"], frozen, grads, batch, np.float32(answers), **static)
                 loss = loss + share
-            rate = learning_rate(config.optim, step, total_steps)
-            state["trained"], state["opt_state"], grad_norm, grads = step_update(
-                state["trained"], state["opt_state"], grads, np.float32(rate), **in_update
-            )
+            rate, grad_norm = learning_rate(config.optim, step, total_steps), jnp.zeros(())
+            if rounds:  # else every sample was rejected
+                state["trained"], state["opt_state"], grad_norm, grads = step_update(
+                    state["trained"], state["opt_state"], grads, np.float32(rate), **in_update
+                )
             scalars = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": grad_norm}
             scalars |= {f"data/rejected_{reason}": count for reason, count in rejected.items()}
             scalars["perf/input_seconds"] = waited
-            slots = sum(rows * width + len(shared) for _, rows, width in rounds) * mesh.size // config.mesh.tensor
+            work = [cost.prefill(model_config, rows, width, (patches,), len(shared)) for patches, rows, width in rounds]
+            slots = sum(one.tokens for one in work) * mesh.size // config.mesh.tensor
+            forward = sum((one.flops for one in work), 0.0) * mesh.size / config.mesh.tensor
+            flops = cost.train(model_config, cost.Work(slots, forward, 0, 0.0), answers, remat=False).flops
             if unread:
                 read(*unread)
-            unread = (step, scalars, tokens, slots)
+            unread = (step, scalars, tokens, slots, flops)
             if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
                 read(*unread)
                 unread = None
-                checkpoints.save(step + 1, state, {"step": step + 1}, -float(np.mean(losses)))
+                checkpoints.save(step + 1, state, {"step": step + 1}, -float(np.mean(losses or [np.inf])))
                 losses.clear()
                 read_at = time.monotonic()
     metrics.close()

@@ -285,7 +285,7 @@ def abstract(mesh: Mesh, part: Any) -> Any:
         axis, shape = _row_axis(path, leaf), list(leaf.shape)
         if axis is not None:
             shape[axis] *= count
-        sharding = NamedSharding(mesh, _row_spec(path, leaf))
+        sharding = NamedSharding(mesh, _row_spec(path, leaf)) if mesh.size > 1 else None
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(shaped, part)

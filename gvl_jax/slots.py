@@ -127,7 +127,7 @@ class Slots:
         sampling, before = self.sampling, self.lengths
         self.state, steps = decode(
             self.params, self.shared, self.state, self.vocab, self.closing, np.float32(sampling.temperature),
-            np.int32((~live).sum() + ends), config=self.config, steps=self.chunk,
+            np.int32(min(live.size, (~live).sum() + ends)), config=self.config, steps=self.chunk,
             length=next(size for size in self.sizes if size >= most), top_p=sampling.top_p, top_k=sampling.top_k,
             greedy=sampling.temperature == 0,
         )  # fmt: skip

@@ -30,7 +30,7 @@ def part(path):
 STAGES = {"sft", "mine", "rl", "evaluate", "moderate"}
 TOOLS = {
     "types", "config", "guard", "data", "models", "losses", "optim", "decoding", "slots", "sampler", "checkpoint",
-    "metrics", "run_folder", "settings", "sharding",
+    "metrics", "run_folder", "settings", "sharding", "groups", "cost",
 }  # fmt: skip
 MAY_IMPORT = {
     "types": set(),
@@ -45,8 +45,9 @@ MAY_IMPORT = {
     "decoding": {"types", "guard", "models"},
     "slots": {"types", "config", "guard", "data", "models", "decoding"},
     "sampler": {"types", "config", "guard", "data", "models", "losses", "decoding", "slots"},
-    "checkpoint": set(),
-    "metrics": set(),
+    "groups": {"types", "config", "guard", "data", "losses", "sampler", "sharding"},
+    "checkpoint": {"sharding"},
+    "metrics": {"run_folder"},
     "run_folder": {"types", "config", "settings", "guard", "sharding"},
     "markup": set(),
     "eval_report": {"types", "guard", "markup"},

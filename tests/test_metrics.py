@@ -101,10 +101,11 @@ def test_only_the_first_process_writes_but_every_process_stops(tmp_path, monkeyp
 
 
 def test_throughput():
-    assert throughput(tokens=300, slots=400, seconds=2.0) == {
+    assert throughput(tokens=300, slots=400, flops=32e12, seconds=2.0) == {
         "perf/seconds": 2.0,
         "perf/tokens_per_second": 150.0,
         "perf/padding_share": 0.25,
+        "perf/tflops_per_device": 2.0,  # eight devices
     }
 
 

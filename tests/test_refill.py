@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 from dataclasses import replace
 
 import jax
@@ -203,3 +204,15 @@ def test_fast_decides_in_as_many_tokens_as_stand_between_the_labels(tokenizer, m
     assert [said.tokens for (said,) in fast[::2]] == [1, 1]
     assert all(1 < said.tokens < len(whole) - len(tree.opening) for (said,) in fast[1::2])
     assert all(0 < said.scores[0] < 1 and said.finished for (said,) in fast)
+    sampler.complete(params, prompts[:1], fast=True)
+    assert sampler.slot_steps == 4  # one token in four rows: idle ones do not keep the loop going
+
+
+def test_a_rollout_that_is_left_leaves_no_thread_behind(tokenizer, model, prompts):
+    config, params = model
+    models = [jax.device_put(params, device) for device in jax.devices()[:2]]
+    before = threading.active_count()
+    rollout = make(tokenizer, config, rows=1)(models, prompts[:6])
+    next(rollout)
+    rollout.close()
+    assert threading.active_count() == before

@@ -29,7 +29,7 @@ def to_example(
     """Sample → Example: the prompt alone, or prompt and answer (which is then what is learned).
 
     A sample over `max_length` tokens has its pictures shrunk by the smart-resize rule until it fits; text is
-    never cut. Raises SampleRejected: a bad picture, or text that alone is too long.
+    never cut. Raises SampleRejected: a bad picture, text that alone is too long, a turn whose tags are not its images.
     """
     try:
         opened = [open_image(source) for source in sample.images]
@@ -44,8 +44,12 @@ def to_example(
             message = f"{text} tokens of text and {len(opened)} pictures, at most {max_length} tokens fit"
             raise SampleRejected("too_long", message)
         return example
+    except SampleRejected:
+        raise
     except ImageRejected as error:
         raise SampleRejected(error.reason, str(error)) from error
+    except ValueError as error:  # a user turn whose tags are not its images
+        raise SampleRejected("invalid", str(error)) from error
 
 
 def _assemble(

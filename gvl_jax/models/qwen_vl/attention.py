@@ -21,7 +21,7 @@ QUERIES = 1024  # patches whose scores over all patches exist at a time
 class Prompt(NamedTuple):
     """What the completions of B prompts share: keys and values of the prompt, and of what all prompts begin with."""
 
-    k: Array | None  # [L, K, B, S, H]; None: nothing but the instruction
+    k: Array | None  # [L, K, B, S, H]; None: no prompt, at most the instruction
     v: Array | None
     mask: Array | None  # bool[B, S] False on padding
     length: Array | None  # i32[B] M-RoPE position of the first completion token

@@ -14,6 +14,8 @@ from gvl_jax.models.qwen_vl.vision import VisionTower
 from gvl_jax.sharding import whole
 from gvl_jax.types import Batch, Remat, Vision
 
+NOTHING = Prompt(None, None, None, None)  # before a row
+
 
 class QwenVL(nnx.Module):
     def __init__(self, config: QwenVLConfig, *, rngs: nnx.Rngs):
@@ -39,10 +41,10 @@ class QwenVL(nnx.Module):
     def instruction(self, tokens, *, remat: Remat = "none"):
         """Keys and values (k, v) [L, K, S0, H] of what every prompt begins with, tokens i32[S0]."""
         S = len(tokens)
-        order = jnp.broadcast_to(jnp.arange(S), (3, 1, S))
-        one = jnp.ones((1, S), jnp.int32)
-        _, (k, v) = self.text(self.embed(tokens)[None], order, one, keep=True, remat=remat)
-        return k[:, :, 0], v[:, :, 0]
+        order = jnp.broadcast_to(jnp.arange(S), (3, 1, 1, S))
+        one = jnp.ones((1, 1, S), jnp.int32)
+        _, (k, v) = self.text.extend(self.embed(tokens)[None, None], order, one, NOTHING, keep=True, remat=remat)
+        return k[:, :, 0, 0], v[:, :, 0, 0]
 
     def rows(self, batch: Batch, instruction=None, *, keep: bool = False, remat: Remat = "none"):
         """Packed rows → hidden [B, T, D], and the Prompt of every row if kept.
@@ -51,12 +53,9 @@ class QwenVL(nnx.Module):
         x, mask = self._inputs(batch, remat), batch.segments > 0
         # a picture ends lower than its number of tokens: the next position follows the largest so far
         length = jnp.where(mask[None], batch.positions, -1).max((0, 2)) + 1
-        if batch.shared is None:
-            hidden, kept = self.text(x, batch.positions, batch.segments, keep=keep, remat=remat)
-            return hidden, Prompt(kept[0], kept[1], mask, length) if keep else None
-        if instruction is None:
+        if batch.shared is not None and instruction is None:
             instruction = self.instruction(batch.shared, remat=remat)
-        before = Prompt(None, None, None, None, instruction)
+        before = NOTHING._replace(instruction=instruction)
         hidden, kept = self.text.extend(
             x[:, None], batch.positions[:, :, None], batch.segments[:, None], before, keep=keep, remat=remat
         )
@@ -79,8 +78,8 @@ class QwenVL(nnx.Module):
         assert prompt.length is not None
         steps = jnp.arange(tokens.shape[2])
         positions = jnp.broadcast_to(prompt.length[:, None, None] + steps[None, None], (3, *tokens.shape))
-        whole = jnp.ones((1, 1, tokens.shape[2]), jnp.int32)
-        return self.text.extend(self.embed(tokens), positions, whole, prompt, remat=remat)[0]
+        own = jnp.ones((1, 1, tokens.shape[2]), jnp.int32)  # one segment
+        return self.text.extend(self.embed(tokens), positions, own, prompt, remat=remat)[0]
 
     def head_kernel(self):
         """[D, V]: the untied head, or the embedding turned."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from gvl_jax.models.qwen_vl.attention import Prompt, attend, attend_after, heads_first, in_rows, packed_mask
+from gvl_jax.models.qwen_vl.attention import Prompt, attend_after, heads_first, in_rows
 from gvl_jax.models.qwen_vl.config import TextConfig
 from gvl_jax.models.qwen_vl.layers import Linear, RMSNorm, gated_mlp, scan_layers, stack
 from gvl_jax.models.qwen_vl.rope import mrope_angles, rotate
@@ -51,21 +51,9 @@ class Decoder(nnx.Module):
     def _angles(self, positions):
         return mrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
 
-    def __call__(self, x, positions, segments, *, keep: bool = False, remat: Remat = "none"):
-        """x [B, T, D], positions i32[3, B, T], segments i32[B, T] → hidden [B, T, D]; keep: (k, v) [L, K, B, T, H]."""
-        angles, mask = self._angles(positions), packed_mask(segments)[:, None]
-
-        def body(layer, x, _):
-            return layer(
-                x, angles, lambda q, k, v: (attend(q, k, v, mask), (heads_first(k), heads_first(v)) if keep else None)
-            )
-
-        x, kept = scan_layers(self.layers, x, body, remat=remat)
-        return self.norm(x), kept
-
     def extend(self, x, positions, segments, prompt: Prompt, *, keep: bool = False, remat: Remat = "none"):
-        """Rows that continue a shared prompt, all tokens at once: x [B, R, J, D], positions i32[3, B, R, J], segments
-        i32, broadcastable to [B, R, J] → hidden [B, R, J, D], (k, v) [L, K, B, R, J, H] if kept."""
+        """Rows, which may continue a shared prompt, all tokens at once: x [B, R, J, D], positions i32[3, B, R, J],
+        segments i32, broadcastable to [B, R, J] → hidden [B, R, J, D], (k, v) [L, K, B, R, J, H] if kept."""
         angles, attend_own = self._angles(positions), in_rows(segments)
         before = (None if prompt.k is None else (prompt.k, prompt.v), prompt.instruction)
 
