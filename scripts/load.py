@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,8 +115,6 @@ async def opened(server: Server, requests: list[bytes], rate: float, seconds: fl
 
 def one_by_one(checkpoint: str, modes: list[str], seconds: float) -> Iterator[dict[str, Any]]:
     """→ rows of what `generate` needs for the same requests."""
-    import torch
-
     from gvl_jax.bench import theirs
     from gvl_jax.bench.inputs import Workload, World
     from gvl_jax.config import Images
@@ -143,14 +141,16 @@ def one_by_one(checkpoint: str, modes: list[str], seconds: float) -> Iterator[di
         def ask(number: int, batches: list = batches, new: int = new) -> None:
             model.generate(**batches[number % len(batches)], max_new_tokens=new, do_sample=False)
 
-        threads = theirs.settle(lambda ask=ask: [ask(number) for number in range(len(TEXTS))])
-        answers, began = [], time.monotonic()
+        def each(ask: Callable[[int], None] = ask) -> None:
+            for number in range(len(TEXTS)):
+                ask(number)
+
+        threads, answers, began = theirs.settle(each), list[Answer](), time.monotonic()
         while time.monotonic() - began < seconds:
             since = time.monotonic()
             ask(len(answers))
             answers.append(Answer(time.monotonic() - since, 0.0, ""))
         yield row(mode, f"transformers, {threads} threads", answers, time.monotonic() - began, None)
-        torch.set_num_threads(1)
 
 
 def megabytes(pid: int | None) -> float | None:
