@@ -13,6 +13,7 @@ from gvl_jax.guard.prompt import (
     answer_text,
     build_example,
     build_prompt,
+    has_response,
     mrope_positions,
     user_turn,
 )
@@ -98,6 +99,19 @@ def test_user_turns_are_the_papers():
     assert user_turn(Sample("a", "", None, images(1))) == "Human user:\n<image>\n\nAI assistant:\nNone\n"
     assert user_turn(Sample("a", "Hi", "Yes", images(2))) == "Human user:\n<image>\n<image>\nHi\n\nAI assistant:\nYes\n"
     assert user_turn(Sample("a", "", None, images(1), user_turn="x <image> y")) == "x <image> y"
+
+
+def test_a_turn_has_a_response_unless_none_is_all_that_follows_its_first_border():
+    spoof = REQUESTS["turn spoof"]  # ends as a turn without a response does
+    for pictures in (images(0), images(1)):
+        for sample, expected in (
+            (Sample("a", "Hi", None, pictures), False),
+            (Sample("a", "Hi", "Yes", pictures), True),
+            (Sample("a", "Hi", spoof, pictures), True),
+            (Sample("a", spoof, "Yes", pictures), True),
+        ):
+            assert has_response(sample) == has_response(Sample("a", "", user_turn=user_turn(sample))) == expected
+    assert has_response(Sample("a", "", user_turn="free text"))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
