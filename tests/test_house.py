@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "metrics": set(),
     "run_folder": {"types", "config", "settings", "guard", "sharding"},
-    "markup": set(),
+    "markup": {"data"},
     "eval_report": {"types", "guard", "markup"},
     "report": {"markup", "eval_report"},
     "cost": {"models"},
