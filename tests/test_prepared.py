@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from functools import partial
 
 import grain
@@ -16,8 +17,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from gvl_jax import evaluate
 from gvl_jax import prepare as cli
-from gvl_jax.config import Sft
+from gvl_jax.config import ConfigError, Eval, Sft
 from gvl_jax.data import prepared, tiny
 from gvl_jax.data.corpora import open_corpus
 from gvl_jax.data.loader import steps
@@ -118,6 +120,17 @@ def test_every_bad_row_is_listed_with_its_reason_and_the_rest_is_counted(whole, 
     assert first["modality"] == {"image": 20, "text": 20, "text_image": 20}
     assert first["request_label"] == {"harmful": 30, "unharmful": 30} and first["response_label"] == {"None": 60}
     assert [shard["rows"] for shard in first["shards"]] == [13, 13, 14, 16, 4]
+
+
+def test_eval_reads_a_prepared_set_sample_by_sample_beside_files(whole, source, tmp_path):
+    config = Eval(data=(str(whole), str(source / "second-part.jsonl")), limit=7)
+    names, samples = evaluate.to_judge(config, tmp_path)
+    assert (names, len(samples)) == ([whole.name] * 7 + ["second-part"] * 7, 14)
+    assert samples[3] == Prepared(whole)[3] and samples[7].id == f"r{ROWS}"
+    assert isinstance(samples.parts[0].parts[0], Prepared)  # nothing is decoded before it is asked for
+    (tmp_path / "second-part.jsonl").write_text(json.dumps(record(0, images=[])))
+    with pytest.raises(ConfigError, match="second-part names two of data and benchmarks"):
+        evaluate.to_judge(replace(config, data=(*config.data, str(tmp_path / "second-part.jsonl"))), tmp_path)
 
 
 def test_the_samples_come_back_with_their_pictures_bytes(whole, source):
