@@ -17,7 +17,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from gvl_jax import evaluate
+from gvl_jax import evaluate, overlap
 from gvl_jax import prepare as cli
 from gvl_jax.config import ConfigError, Eval, Sft
 from gvl_jax.data import prepared, tiny
@@ -26,6 +26,7 @@ from gvl_jax.data.loader import steps
 from gvl_jax.data.prepared import Prepared, decode, load_samples, prepare, verify
 from gvl_jax.data.records import load_records, to_record
 from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.types import Sample
 
 REASONING = (
     "# Task 1\n## Reasoning Step 1\nSeen.\n# Task 1 Conclusion\nRequest: {}\n# Task 2\n## Reasoning Step 1\nNone."
@@ -228,6 +229,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(whole, make, source, mode
     assert list(tmp_path.glob("*.part"))
     make(tmp_path)
     assert contents(tmp_path) == contents(whole)
+    (tmp_path / "unfinished").mkdir()  # as a kill leaves it that comes after the manifest
+    make(tmp_path)
+    assert not (tmp_path / "unfinished").exists()
 
 
 def test_a_source_without_one_good_row_is_an_error(tmp_path):
@@ -260,6 +264,11 @@ def test_verify_finds_nothing_wrong_with_a_whole_set_and_names_what_is(copy, cap
     assert "request_label" in problems[2] and problems[2].startswith("split second_part") and "rejected" in problems[3]
     assert len(problems) == 4
     assert cli.main(["verify", str(copy)]) == 1 and str(second) in capsys.readouterr().out
+    for cut in ('{"reason', '{"row": 1}'):
+        (copy / "rejected.jsonl").write_text(cut + "\n")
+        assert verify(copy)[3].startswith("rejected.jsonl: cannot be read")
+    (copy / "rejected.jsonl").unlink()
+    assert verify(copy)[3].startswith("rejected.jsonl: cannot be read")
 
 
 def test_verify_reads_every_row_and_opens_every_picture(make, tmp_path, monkeypatch):
@@ -296,6 +305,21 @@ def test_a_sample_of_a_prepared_set_can_be_written_as_a_record(whole, tmp_path):
     assert (
         sorted(path.suffix for path in (tmp_path / "images").iterdir()) == [".jpg"] * 2 + [".png"] * 3 + [".webp"] * 2
     )
+
+
+def test_overlap_reads_a_prepared_set_and_what_it_leaves_is_a_file(whole, tmp_path, capsys):
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"request": "request 1"}) + "\n")
+    args = [str(whole), "--against", str(tmp_path / "bench.jsonl")]
+    assert overlap.main([*args, "--remove", str(tmp_path / "clean.jsonl")]) == 0
+    assert f"1 of {ROWS + 9} training records" in capsys.readouterr().out
+    left = [sample for sample in Prepared(whole) if sample.id != "r1"]
+    for sample, expected in zip(load_records(tmp_path / "clean.jsonl"), left, strict=True):
+        assert sample._replace(images=tuple(path.read_bytes() for path in sample.images)) == expected
+
+
+def test_an_empty_response_is_none_for_the_modality_as_it_is_for_the_prompt():
+    found = [prepared.modality(Sample("a", "", said, (b"x",))) for said in (None, "", "Yes")]
+    assert found == ["image", "image", "text_image"]
 
 
 @pytest.mark.parametrize("weights", [(), (1, 3)])
