@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gvl_jax.data import corpora
 from gvl_jax.data.records import split_turn
 from gvl_jax.guard.prompt import IMAGE_TAG
 from gvl_jax.types import Label, Sample
@@ -101,7 +102,8 @@ def local_copy(benchmark: Benchmark, folder: str | Path) -> Path:
 
 def fetch(benchmark: Benchmark, folder: str | Path | None = None) -> Path:
     """The repository on disk: the copy in `folder` if there is one, else the hub's in its cache, whose path ends in the
-    commit. Raises FileNotFoundError, with the command that makes the copy, for what is not on the hub."""
+    commit. Raises FileNotFoundError, with the command that makes the copy, for what is not on the hub; ValueError for
+    what the hub does not give."""
     if folder is not None and (copy := local_copy(benchmark, folder)).is_dir():
         return copy
     if benchmark.repo.startswith("https://"):
@@ -110,9 +112,8 @@ def fetch(benchmark: Benchmark, folder: str | Path | None = None) -> Path:
             f"{benchmark.name} is not on the hub, and there is no folder {copy}; make it: "
             f"git clone {benchmark.repo} {copy} && git -C {copy} checkout {benchmark.revision}"
         )
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(benchmark.repo, repo_type="dataset", revision=benchmark.revision))
+    wanted = (benchmark.file or "*", f"{benchmark.pictures}/*")
+    return corpora.fetch(benchmark.repo, benchmark.revision, wanted)[0]
 
 
 def counts(samples: Iterable[Sample], task: str) -> dict[str, int]:
