@@ -58,7 +58,7 @@ MAY_IMPORT = {
     **{stage: TOOLS for stage in STAGES},
     "compare": TOOLS,
     "calibrate": TOOLS,
-    "card": {"guard", "eval_report"},
+    "card": {"data", "guard", "eval_report"},
     "demo": TOOLS | STAGES | {"report"},
     "bench": TOOLS | {"sft", "rl", "cost"},
     "buckets": TOOLS | {"sft"},
