@@ -7,6 +7,7 @@ import random
 import warnings
 from dataclasses import replace
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -351,6 +352,26 @@ def test_what_is_not_on_the_hub_says_how_to_get_it(tmp_path):
     (benchmark,) = select(["HarmBenchPrompt"])
     with pytest.raises(FileNotFoundError, match=f"git clone https://github.com/.*/HarmBench {tmp_path}/HarmBench &&"):
         fetch(benchmark, tmp_path)
+
+
+def test_the_hub_is_asked_for_the_files_that_are_read_and_a_refusal_says_what_to_do(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, *, repo_type, revision, allow_patterns):
+        asked.append((repo, allow_patterns[0]))
+        if repo == "allenai/wildguardmix":
+            raise OSError("gated")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    toxic_chat, xstest, wild_guard = select(["ToxicChat", "XSTest", "WildGuardTest"])
+    assert fetch(toxic_chat) == fetch(xstest) == tmp_path
+    with pytest.raises(ValueError, match="could not be fetched .*OSError: gated.*your access token"):
+        fetch(wild_guard)
+    assert asked == [
+        (toxic_chat.repo, "data/0124/toxic-chat_annotation_test.csv"), (xstest.repo, "*"),
+        (wild_guard.repo, "test/wildguard_test.parquet"),
+    ]  # fmt: skip
 
 
 def test_the_config_names_benchmarks_and_all_are_the_papers(tmp_path):
