@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
+from gvl_jax.data.benchmarks import BENCHMARKS
 from gvl_jax.eval_report import is_table, markdown_table, markdown_text, score_tables
 from gvl_jax.guard.calibration import FILE
 from gvl_jax.guard.scores import TASKS, Line
@@ -62,6 +63,7 @@ class Run(NamedTuple):
     config: dict[str, Any]
     scores: list[Line]  # eval
     manifest: dict[str, Any]  # data
+    benchmarks: dict[str, str]  # eval: where each was read
 
 
 def write_cards(runs: Sequence[Path], output: Path, license: str = UNKNOWN) -> list[Path]:
@@ -105,7 +107,7 @@ def _read(path: Path) -> Run:
         raise ValueError(
             f"{path} holds no finished run: expected scores.json, model/, hard.jsonl, or manifest.json of prepared data"
         )
-    return Run(path, kind, config or {}, scores or [], manifest or {})
+    return Run(path, kind, config or {}, scores or [], manifest or {}, load("benchmarks.json", json.loads) or {})
 
 
 def _inputs(run: Run) -> list[str]:
@@ -210,7 +212,7 @@ def _data_card(runs: Sequence[Run]) -> str:
     licences = {run.manifest["settings"].get("licence") or UNKNOWN for run in prepared} | {UNKNOWN for _ in bare}
     licence = UNKNOWN if UNKNOWN in licences or not licences else licences.pop() if len(licences) == 1 else "other"
     measured = {
-        (line["task"], line["benchmark"]): _benchmark(line) for run in runs for line in run.scores if _counts(line)
+        (line["task"], line["benchmark"]): _benchmark(line, run) for run in runs for line in run.scores if _counts(line)
     }
     return _joined(
         f"---\n{DatasetCardData(license=licence, tags=['guard', 'moderation']).to_yaml()}\n---\n{MADE}",
@@ -222,7 +224,6 @@ def _data_card(runs: Sequence[Run]) -> str:
         "" if prepared or bare else "Unknown: no run of sft or rl, and no prepared data, was given.",
         "## Evaluation",
         markdown_table(list(measured.values())) if measured else "None was given.",
-        "Licences of benchmarks are those of their publishers; no file of a run states them.",
         "## What to know",
         CONTENT,
     )
@@ -253,6 +254,12 @@ def _counts(line: Line) -> bool:
     return whole and line["benchmark"] != "mean"
 
 
-def _benchmark(line: Line) -> Line:
+def _benchmark(line: Line, run: Run) -> Line:
+    """Its origin is known if the run read it as a benchmark: a file may have the same name."""
+    read, known = run.benchmarks.get(line["benchmark"]), {one.name: one for one in BENCHMARKS}
+    origin = dict.fromkeys(("source", "revision", "licence"), UNKNOWN)
+    if read and (one := known.get(line["benchmark"])):
+        cached = Path(read).parent.name == "snapshots"  # of the hub: the folder is named after the commit
+        origin = {"source": one.repo, "revision": Path(read).name if cached else UNKNOWN, "licence": one.licence}
     share = {"share harmful": line["precision"] or 0.0}
-    return {name: line[name] for name in ("benchmark", "task", "modality")} | {"records": line["n"]} | share
+    return {name: line[name] for name in ("benchmark", "task", "modality")} | {"records": line["n"]} | share | origin

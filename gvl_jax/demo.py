@@ -87,7 +87,9 @@ def _one_seed(folder: Path, seed: int) -> list[dict[str, Any]]:
             baseline.terminate()
             raise
     if baseline.returncode:
-        raise RuntimeError(f"the baseline failed: {(folder / 'sft.log').read_text().splitlines()[-1]}")
+        raise RuntimeError(
+            f"the baseline failed: {((folder / 'sft.log').read_text().splitlines() or ['no output'])[-1]}"
+        )
     models = {"sft": folder / "sft" / "model", "r_sft": r_sft, "r_sft_rl": r_sft_rl}
 
     rows = []

@@ -125,7 +125,7 @@ def _is_whole(row: dict[str, Any]) -> bool:
         and all(name in row and row[name] in (None, *get_args(Label)) for name in labels)
         and all(name in row and (row[name] is None or is_number(row[name])) for name in numbers)
         and all(row[name] is None or 0 <= row[name] <= 1 for name in numbers[:2])
-        and {"finished", "category"} <= row.keys()
+        and {"finished", "category", "rejected"} <= row.keys()
     )
 
 

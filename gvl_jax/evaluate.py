@@ -6,6 +6,7 @@ every record is also scored without reasoning, which ranks them where the verdic
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from gvl_jax.config import ConfigError, Eval, Sampling
 from gvl_jax.data.benchmarks import fetch, read, select
 from gvl_jax.data.loader import SampleRejected, to_example
-from gvl_jax.data.prepared import load_samples, modality
+from gvl_jax.data.prepared import Samples, load_samples, modality
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.closing import Closing, closing
 from gvl_jax.guard.prompt import has_response
@@ -50,12 +51,7 @@ def run(config: Eval) -> list[dict]:
     result, judgements = folder / "scores.json", own_file(folder / "judgements.jsonl")
     if done_already(result):
         return json.loads(result.read_text(encoding="utf-8"))
-    items = [(Path(path).stem, sample) for path in config.data for sample in load_samples([path], config.limit)]
-    sources = {benchmark: fetch(benchmark, config.benchmark_files or None) for benchmark in select(config.benchmarks)}
-    for benchmark, root in sources.items():
-        items += [(benchmark.name, sample) for sample in read(benchmark, root)[: config.limit]]
-    where_from = {benchmark.name: str(root) for benchmark, root in sources.items()}  # with the commit, from the hub
-    replace_text(folder / "benchmarks.json", json.dumps(where_from, indent=1))
+    names, samples = to_judge(config, folder)
     source = resolve(config.model)
     tokenizer = load_tokenizer(source)
     model_config = replace(load_config(source), dtype=config.dtype)
@@ -69,27 +65,28 @@ def run(config: Eval) -> list[dict]:
     scorer = _scorer(config, tokenizer, model_config, forced) if forced else None
     longest = max(config.buckets.prompt) - (len(forced.opening) if forced else 0)
 
-    done, left = own_share(len(items), judgements, CHUNK * config.prompts * len(models))
+    done, left = own_share(len(samples), judgements, CHUNK * config.prompts * len(models))
     began, generated = time.monotonic(), 0
     with stopping() as asked, progress(done + sum(map(len, left)), "eval", initial=done) as advance:
         for part in left:
             if asked():
                 raise Stopped(f"{done} items are judged")
             examples: dict[int, Example] = {}
+            chunk = {index: samples[index] for index in part}
             rows = []
-            for index in part:
+            for index, sample in chunk.items():
                 try:
-                    examples[index] = to_example(items[index][1], tokenizer, config.images, longest)
+                    examples[index] = to_example(sample, tokenizer, config.images, longest)
                 except SampleRejected as rejection:  # judged by nobody: a failure, not a missing row
-                    row = _row(index, *items[index], "", False, 0, folder)
-                    rows.append(row | {"rejected": str(rejection)})
+                    row = _row(index, names[index], sample, "", False, None, folder)
+                    rows.append(row | {"rejected": rejection.reason})
             completions = sampler.complete(models, list(examples.values()), names=list(examples))
             for index, (said,) in zip(examples, completions, strict=True):
                 tokens = _reasoning_tokens(tokenizer, said.text)
-                rows.append(_row(index, *items[index], said.text, said.finished, tokens, folder))
+                rows.append(_row(index, names[index], chunk[index], said.text, said.finished, tokens, folder))
                 generated += said.tokens
             if scorer and examples:
-                answered = {index: has_response(items[index][1]) for index in examples}
+                answered = {index: has_response(chunk[index]) for index in examples}
                 fast = scorer.complete(models, list(examples.values()), has_response=list(answered.values()), fast=True)
                 scores = {
                     index: (said.scores[0], said.scores[1] if answered[index] else None)
@@ -119,13 +116,30 @@ def run(config: Eval) -> list[dict]:
     return table
 
 
+def to_judge(config: Eval, folder: Path) -> tuple[list[str], Samples]:
+    """What is judged, and for each record the name of its data file or benchmark. benchmarks.json in the folder says
+    where those are from. Raises ConfigError for two of one name."""
+    chosen = select(config.benchmarks)
+    names = [*(Path(path).stem for path in config.data), *(benchmark.name for benchmark in chosen)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{twice[0]} names two of data and benchmarks, whose scores would be mixed; rename a file")
+    roots = [fetch(benchmark, config.benchmark_files or None) for benchmark in chosen]
+    parts: list[Sequence[Sample]] = [load_samples([path], config.limit) for path in config.data]
+    parts += [read(benchmark, root)[: config.limit] for benchmark, root in zip(chosen, roots, strict=True)]
+    where_from = {benchmark.name: str(root) for benchmark, root in zip(chosen, roots, strict=True)}  # with the commit
+    replace_text(folder / "benchmarks.json", json.dumps(where_from, indent=1))
+    return [name for name, part in zip(names, parts, strict=True) for _ in range(len(part))], Samples(parts)
+
+
 def _scorer(config: Eval, tokenizer, model_config: QwenVLConfig, forced: Closing) -> Sampler:
     """Says the labels alone, with P(harmful) of each."""
     sampling = Sampling(temperature=0.0, max_new_tokens=int(forced.length))
     return Sampler(tokenizer, model_config, config.buckets, sampling, config.prompts, closing=forced)
 
 
-def _row(index: int, benchmark: str, sample: Sample, text: str, finished: bool, tokens: int, folder: Path) -> dict:
+def _row(
+    index: int, benchmark: str, sample: Sample, text: str, finished: bool, tokens: int | None, folder: Path
+) -> dict:  # fmt: skip
     """A line of judgements.jsonl: what the report shows, and what the scores are made from, see `row_of`."""
     return sample_row(sample, text, finished, folder) | {
         "index": index,
@@ -136,6 +150,7 @@ def _row(index: int, benchmark: str, sample: Sample, text: str, finished: bool, 
         "request_score": None,
         "response_score": None,
         "category": sample.category,
+        "rejected": None,
     }
 
 

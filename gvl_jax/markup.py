@@ -12,7 +12,8 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+
+from gvl_jax.data.images import ImageRejected, open_image
 
 MAX_PICTURES = 8  # pictures shown of a record
 CUT = 240  # characters of a text before it folds
@@ -127,18 +128,15 @@ def pictures(run: Path, sources: object, name: object) -> str:
 
 
 def _picture(run: Path, source: object, alt: str) -> str:
-    """An <img> with the thumbnail in it, or a note. Only regular files are opened."""
+    """An <img> with the thumbnail in it, or a note. The guard's own limits and decoders."""
     try:
-        path = run / str(source)
-        if not path.is_file():
-            return f'<span class="muted">{escape(alt)}: file missing</span>'
-        with Image.open(path) as image:
-            thumbnail = ImageOps.exif_transpose(image).convert("RGBA")
-        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        thumbnail.save(buffer, "WEBP", quality=80)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f'<span class="muted">{escape(alt)}: not readable ({type(error).__name__})</span>'
+        thumbnail = open_image(run / str(source))
+    except ImageRejected as error:
+        note = "file missing" if error.reason == "missing" else f"not readable ({error.reason})"
+        return f'<span class="muted">{escape(alt)}: {note}</span>'
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    thumbnail.save(buffer, "WEBP", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
     width, height = thumbnail.size
     return f'<img alt="{escape(alt)}" width="{width}" height="{height}" src="data:image/webp;base64,{data}">'

@@ -9,6 +9,7 @@ from typing import Any
 
 from gvl_jax.data.benchmarks import fetch, read, select
 from gvl_jax.data.contamination import Index, Report, Settings
+from gvl_jax.data.prepared import Prepared
 from gvl_jax.data.records import BadRecord, load_records, read_records, to_record
 from gvl_jax.metrics import progress
 from gvl_jax.run_folder import replace_text
@@ -19,7 +20,7 @@ def main(args: list[str]) -> int:
     """Print how many rows of each benchmark are touched. A bad record stops it before anything is written."""
     usual = Settings()
     parser = argparse.ArgumentParser("gvl data overlap", description="training records that repeat benchmark rows")
-    parser.add_argument("train", nargs="+", type=Path, help="JSONL files of training records")
+    parser.add_argument("train", nargs="+", type=Path, help="JSONL files and prepared data sets of training records")
     parser.add_argument("--against", nargs="+", required=True, help="names of benchmarks, or JSONL files of records")
     parser.add_argument(
         "--benchmark-files", type=Path, help="folder of local copies of benchmarks; others come from the hub"
@@ -33,13 +34,13 @@ def main(args: list[str]) -> int:
     parser.add_argument("--remove", type=Path, help="write the records that touch nothing to this JSONL file")
     options = parser.parse_args(args)
     settings = Settings(options.similarity, options.ngram, options.bits)
-    if options.remove in options.train:
-        parser.error(f"--remove {options.remove} is a training file; give another name")
-    if not (0 < settings.similarity <= 1 and settings.ngram >= 1 and settings.bits >= 0):
-        parser.error("expected --similarity above 0 and at most 1, --ngram from 1, --bits from 0")
+    if options.remove and options.remove.resolve() in [path.resolve() for path in options.train]:
+        parser.error(f"--remove {options.remove} is training data; give another name")
+    if not (0 < settings.similarity <= 0.99 and settings.ngram >= 1 and settings.bits >= 0):
+        parser.error("expected --similarity above 0 and at most 0.99, --ngram from 1, --bits from 0")
     index = Index(_benchmarks(options.against, options.benchmark_files), settings)
     report, part = Report(index), Path(f"{options.remove}.part")
-    total = sum(_lines(path) for path in options.train)
+    total = sum(len(Prepared(path)) if path.is_dir() else _lines(path) for path in options.train)
     with (
         progress(total, "overlap") as advance,
         part.open("w", encoding="utf-8") if options.remove else nullcontext() as clean,
@@ -84,7 +85,7 @@ def _records(paths: list[Path]) -> Iterator[Sample]:
     """Raises ValueError for a bad record, and for an id that comes twice: one file with both could not be read."""
     seen = set()
     for path in paths:
-        for record in read_records(path):
+        for record in Prepared(path) if path.is_dir() else read_records(path):
             if isinstance(record, BadRecord):
                 raise ValueError(record.reason)
             if record.id in seen:

@@ -14,6 +14,17 @@ from gvl_jax.config import ConfigError
 Config = TypeVar("Config")
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Of two equal keys PyYAML takes the last; YAML forbids them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for index, (key, _) in enumerate(node.value):
+            if key.value in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"got the key {key.value} twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(cls: type[Config], path: str | None, args: list[str], verb: str = "") -> Config:
     """The defaults of `cls`, then the YAML file at `path`, then flags such as `--optim.peak-lr 2e-5`.
 
@@ -27,7 +38,7 @@ def load(cls: type[Config], path: str | None, args: list[str], verb: str = "") -
     config = cls()
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            tree = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -171,6 +171,8 @@ def _inputs(config: Synthesize) -> tuple[list[Sample], Callable[[str], int]]:
         if not getattr(config, name):
             raise ConfigError(f"{name} is not set; give it in the YAML file or as --{name}")
     samples = [sample for path in config.data for sample in load_records(path)][: config.limit]
+    if twice := [name for name, count in Counter(sample.id for sample in samples).items() if count > 1]:
+        raise ConfigError(f"data: got the id {twice[0]!r} in two records, expected each once in all files; rename one")
     if not config.tokenizer:
         return samples, lambda text: len(text) // 4
     tokenizer = load_tokenizer(config.tokenizer)

@@ -24,6 +24,7 @@ def judgements(n=120, accuracy=0.8, seed=0, sharpness=3.0, **changes):
             "completion": answer_text("R", LABELS[said], LABELS[said] if answered else None), "verdict": {},
             "index": index, "finished": True, "benchmark": f"Set{index % 2}", "modality": "text", "tokens": 7,
             "request_score": score, "response_score": score if answered else None, "category": None,
+            "rejected": None,
         }  # fmt: skip
         rows.append(row | changes)
     return rows

@@ -66,6 +66,15 @@ def test_the_data_card_follows_the_manifest_and_says_what_is_unknown(runs):
     assert re.search(rf"\| Set0 \| request \| text \| 100 \| {share:.3f} \|", data)
 
 
+def test_a_benchmark_has_its_origin_and_a_file_of_its_name_has_none(runs):
+    rows = judgements(200, benchmark="XSTest")
+    run = write_run(runs / "of_hub", rows, model=BASE)
+    (run / "benchmarks.json").write_text(json.dumps({"XSTest": "/cache/datasets--Paul--XSTest/snapshots/c0ffee"}))
+    assert re.search(r"\| XSTest \| request .* \| Paul/XSTest \| c0ffee \| cc-by-4.0 \|", card(runs, "of_hub")[1])
+    write_run(runs / "of_file", rows, model=BASE)
+    assert re.search(r"\| XSTest \| request .* \| unknown \| unknown \| unknown \|", card(runs, "of_file")[1])
+
+
 def test_what_was_not_given_is_unknown_or_not_measured(runs):
     model, _ = card(runs, "sft")
     assert "Not measured: no run of eval was given." in model and "scores are not calibrated" in model

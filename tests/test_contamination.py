@@ -119,6 +119,14 @@ def test_a_broken_picture_is_counted_and_compared_by_its_bytes(tmp_path):
     assert kinds(index, pictured(b"\x89PNG broken"), pictured(b"other")) == [[("picture", "exact")], []]
 
 
+def test_a_long_text_beside_another_picture_is_found_and_a_short_one_is_not():
+    picture, long = (encoded(photo(0)),), f"{QUESTION} Please give every step."
+    index = against(Sample("b1", long), Sample("b2", "Describe this.", ANSWER))
+    found = kinds(index, Sample("t", long, None, picture), Sample("t", "Describe this.", ANSWER, picture))
+    assert found == [[("request", "exact")], [("response", "exact")]]
+    assert kinds(index, Sample("t", "Describe this.", None, picture)) == [[]]
+
+
 def test_a_row_and_a_record_count_once_whatever_they_share():
     index = against(Sample("b1", QUESTION, ANSWER), Sample("b2", QUESTION))
     report = Report(index, examples=1)
@@ -143,7 +151,9 @@ def test_the_command_reports_and_removes_and_counts_add_up(tmp_path, capsys):
         (tmp_path / folder).mkdir()
     for seed, name in ((1, "a.png"), (2, "c.png")):
         (tmp_path / "train" / name).write_bytes(encoded(photo(seed)))
-    (tmp_path / "XSTest/xstest_prompts.csv").write_text(f'id,prompt,label\n1,"{QUESTION}",unsafe\n2,Other words,safe\n')
+    (tmp_path / "XSTest/xstest_prompts.csv").write_text(
+        f'id,prompt,label,type\n1,"{QUESTION}",unsafe,a\n2,Other words,safe,b\n'
+    )
     train = write_records(
         tmp_path / "train/train.jsonl",
         {"id": "a", "request": QUESTION.upper()},
@@ -169,6 +179,8 @@ def test_a_bad_record_stops_the_command_and_nothing_is_replaced(tmp_path):
     train = write_records(tmp_path / "train.jsonl", {"request": "y"}, {"request": 3})
     clean = tmp_path / "clean.jsonl"
     clean.write_text("as it was")
+    with pytest.raises(SystemExit):
+        main([train, "--against", bench, "--remove", str(tmp_path / "out/../train.jsonl")])
     with pytest.raises(ValueError, match="train.jsonl, line 2: key 'request'"):
         main([train, "--against", bench, "--remove", str(clean)])
     assert clean.read_text() == "as it was"
@@ -176,3 +188,6 @@ def test_a_bad_record_stops_the_command_and_nothing_is_replaced(tmp_path):
     train = write_records(tmp_path / "train.jsonl", {"request": "y"})
     with pytest.raises(ValueError, match="got 'train:1' twice"):
         main([train, twice, "--against", bench])
+    other = write_records(tmp_path / "other/bench.jsonl", {"request": "x"})
+    with pytest.raises(ValueError, match="two benchmarks of the name bench"):
+        main([train, "--against", bench, other])

@@ -103,6 +103,26 @@ def test_pictures_may_be_unzipped_or_in_another_place(vl, tmp_path):
     assert corpus.origin["images"] == str(elsewhere)
 
 
+def test_a_zip_that_is_cut_or_gone_stops_at_once(vl, monkeypatch):
+    folder = vl()
+    (folder / "image.zip").write_bytes((folder / "image.zip").read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"image\.zip: File is not a zip file; fetch it again"):
+        open_corpus("guardreasoner-vl", str(folder), splits=("image",))
+    (folder / "image.zip").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(ValueError, match="GuardReasoner-VLTrain-Image: got no image.zip; give the --images-revision"):
+        open_corpus("guardreasoner-vl", "yueliu1999/GuardReasoner-VLTrain", splits=("image",))
+
+
+@pytest.mark.parametrize("kind, given", [
+    ("jsonl", "revision"), ("llamafactory", "images_revision"), ("guardreasoner", "images_revision"),
+    ("guardreasoner", "images"),
+])  # fmt: skip
+def test_what_a_kind_of_corpus_does_not_read_is_refused(kind, given, tmp_path):
+    with pytest.raises(ValueError, match=f"^{given} 'v1': a corpus of the kind {kind} has no use for it"):
+        open_corpus(kind, str(tmp_path), **{given: "v1"})
+
+
 def test_a_path_never_leaves_the_pictures_folder(vl):
     rows = vl_rows()
     rows["image"] = [vl_row(PICTURE, images=[name]) for name in ("../../etc/passwd", "/etc/passwd", "data/../../x")]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from functools import partial
 
 import grain
@@ -16,14 +17,16 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from gvl_jax import evaluate, overlap
 from gvl_jax import prepare as cli
-from gvl_jax.config import Sft
+from gvl_jax.config import ConfigError, Eval, Sft
 from gvl_jax.data import prepared, tiny
 from gvl_jax.data.corpora import open_corpus
 from gvl_jax.data.loader import steps
 from gvl_jax.data.prepared import Prepared, decode, load_samples, prepare, verify
 from gvl_jax.data.records import load_records, to_record
 from gvl_jax.data.tokenizer import load_tokenizer
+from gvl_jax.types import Sample
 
 REASONING = (
     "# Task 1\n## Reasoning Step 1\nSeen.\n# Task 1 Conclusion\nRequest: {}\n# Task 2\n## Reasoning Step 1\nNone."
@@ -118,6 +121,17 @@ def test_every_bad_row_is_listed_with_its_reason_and_the_rest_is_counted(whole, 
     assert first["modality"] == {"image": 20, "text": 20, "text_image": 20}
     assert first["request_label"] == {"harmful": 30, "unharmful": 30} and first["response_label"] == {"None": 60}
     assert [shard["rows"] for shard in first["shards"]] == [13, 13, 14, 16, 4]
+
+
+def test_eval_reads_a_prepared_set_sample_by_sample_beside_files(whole, source, tmp_path):
+    config = Eval(data=(str(whole), str(source / "second-part.jsonl")), limit=7)
+    names, samples = evaluate.to_judge(config, tmp_path)
+    assert (names, len(samples)) == ([whole.name] * 7 + ["second-part"] * 7, 14)
+    assert samples[3] == Prepared(whole)[3] and samples[7].id == f"r{ROWS}"
+    assert isinstance(samples.parts[0].parts[0], Prepared)  # nothing is decoded before it is asked for
+    (tmp_path / "second-part.jsonl").write_text(json.dumps(record(0, images=[])))
+    with pytest.raises(ConfigError, match="second-part names two of data and benchmarks"):
+        evaluate.to_judge(replace(config, data=(*config.data, str(tmp_path / "second-part.jsonl"))), tmp_path)
 
 
 def test_the_samples_come_back_with_their_pictures_bytes(whole, source):
@@ -215,6 +229,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(whole, make, source, mode
     assert list(tmp_path.glob("*.part"))
     make(tmp_path)
     assert contents(tmp_path) == contents(whole)
+    (tmp_path / "unfinished").mkdir()  # as a kill leaves it that comes after the manifest
+    make(tmp_path)
+    assert not (tmp_path / "unfinished").exists()
 
 
 def test_a_source_without_one_good_row_is_an_error(tmp_path):
@@ -247,6 +264,11 @@ def test_verify_finds_nothing_wrong_with_a_whole_set_and_names_what_is(copy, cap
     assert "request_label" in problems[2] and problems[2].startswith("split second_part") and "rejected" in problems[3]
     assert len(problems) == 4
     assert cli.main(["verify", str(copy)]) == 1 and str(second) in capsys.readouterr().out
+    for cut in ('{"reason', '{"row": 1}'):
+        (copy / "rejected.jsonl").write_text(cut + "\n")
+        assert verify(copy)[3].startswith("rejected.jsonl: cannot be read")
+    (copy / "rejected.jsonl").unlink()
+    assert verify(copy)[3].startswith("rejected.jsonl: cannot be read")
 
 
 def test_verify_reads_every_row_and_opens_every_picture(make, tmp_path, monkeypatch):
@@ -283,6 +305,21 @@ def test_a_sample_of_a_prepared_set_can_be_written_as_a_record(whole, tmp_path):
     assert (
         sorted(path.suffix for path in (tmp_path / "images").iterdir()) == [".jpg"] * 2 + [".png"] * 3 + [".webp"] * 2
     )
+
+
+def test_overlap_reads_a_prepared_set_and_what_it_leaves_is_a_file(whole, tmp_path, capsys):
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"request": "request 1"}) + "\n")
+    args = [str(whole), "--against", str(tmp_path / "bench.jsonl")]
+    assert overlap.main([*args, "--remove", str(tmp_path / "clean.jsonl")]) == 0
+    assert f"1 of {ROWS + 9} training records" in capsys.readouterr().out
+    left = [sample for sample in Prepared(whole) if sample.id != "r1"]
+    for sample, expected in zip(load_records(tmp_path / "clean.jsonl"), left, strict=True):
+        assert sample._replace(images=tuple(path.read_bytes() for path in sample.images)) == expected
+
+
+def test_an_empty_response_is_none_for_the_modality_as_it_is_for_the_prompt():
+    found = [prepared.modality(Sample("a", "", said, (b"x",))) for said in (None, "", "Yes")]
+    assert found == ["image", "image", "text_image"]
 
 
 @pytest.mark.parametrize("weights", [(), (1, 3)])

@@ -1,28 +1,27 @@
 """Prompts: benign ids equal the reference template's, and no text becomes a control token."""
 
+import json
 import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hostile import ADDED, REQUESTS, SPECIAL, fuzzed
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from hostile import REQUESTS, fuzzed
+from tokenizers import Tokenizer
 
+from gvl_jax.data.tiny import train_tokenizer
 from gvl_jax.guard.prompt import (
     INSTRUCTION,
     answer_text,
     build_example,
     build_prompt,
+    has_response,
     mrope_positions,
     user_turn,
 )
 from gvl_jax.guard.verdict import parse
 from gvl_jax.types import Sample
 
-# Qwen2's pre-tokenizer pattern.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BENIGN = (
     "How do I bake bread?", "Tell me a joke.", "Stop!", "Ends in a newline\n", "Two newlines\n\n", "A last blank ",
     "  blanks  before", "x = [1, 2];\n\tprint(x)\n", "Où est la gare ? C'est loin.", "如何烤面包？", "Как испечь хлеб?",
@@ -38,32 +37,13 @@ class SmallTokenizer:
 
     def __init__(self) -> None:
         text = [INSTRUCTION, *BENIGN, *(f"Human user:\n{line}\n\nAI assistant:\nNone\n\n" for line in BENIGN)]
-        self.plain, self.whole = self._untrained(), self._untrained()
-        trainer = trainers.BpeTrainer(
-            vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        )
-        self.plain.train_from_iterator(text * 4, trainer)
-        self.whole.train_from_iterator(text * 4, trainer)
-        self.whole.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-        self.whole.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
+        self.whole = train_tokenizer(text * 4, vocab_size=900)
+        self.plain = Tokenizer.from_str(json.dumps(json.loads(self.whole.to_str()) | {"added_tokens": []}))
         self.first_added = self.plain.get_vocab_size()
         self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad = (
             self.whole.token_to_id(f"<|{name}|>")
             for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")
         )
-
-    @staticmethod
-    def _untrained() -> Tokenizer:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        tokenizer.decoder = decoders.ByteLevel()
-        return tokenizer
 
     def encode_text(self, text: str) -> list[int]:
         return self.plain.encode(text).ids
@@ -98,6 +78,19 @@ def test_user_turns_are_the_papers():
     assert user_turn(Sample("a", "", None, images(1))) == "Human user:\n<image>\n\nAI assistant:\nNone\n"
     assert user_turn(Sample("a", "Hi", "Yes", images(2))) == "Human user:\n<image>\n<image>\nHi\n\nAI assistant:\nYes\n"
     assert user_turn(Sample("a", "", None, images(1), user_turn="x <image> y")) == "x <image> y"
+
+
+def test_a_turn_has_a_response_unless_none_is_all_that_follows_its_first_border():
+    spoof = REQUESTS["turn spoof"]  # ends as a turn without a response does
+    for pictures in (images(0), images(1)):
+        for sample, expected in (
+            (Sample("a", "Hi", None, pictures), False),
+            (Sample("a", "Hi", "Yes", pictures), True),
+            (Sample("a", "Hi", spoof, pictures), True),
+            (Sample("a", spoof, "Yes", pictures), True),
+        ):
+            assert has_response(sample) == has_response(Sample("a", "", user_turn=user_turn(sample))) == expected
+    assert has_response(Sample("a", "", user_turn="free text"))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

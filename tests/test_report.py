@@ -168,15 +168,17 @@ def test_pictures_are_inline_thumbnails_and_a_missing_one_is_a_note(tmp_path):
     Image.new("L", (8, 12)).save(tmp_path / "b.png")
     (tmp_path / "img" / "torn.png").write_bytes((tmp_path / "img" / "a.png").read_bytes()[:200])
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
-    images = ["img/a.png", str(tmp_path / "b.png"), "img/none.png", "img/torn.png", "pipe", "img"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "img" / "eps.png", "EPS")  # Pillow would start Ghostscript for it
+    images = ["img/a.png", str(tmp_path / "b.png"), "img/none.png", "img/torn.png", "pipe", "img", "img/eps.png"]
     page = Hidden(write_report(fill(tmp_path, samples=[sample(images=images)])))
     assert page.open_pictures == 0
     first, second = page.all("img")
     assert (first["width"], first["height"], first["alt"]) == ("160", "80", "Picture 1 of s1")
     assert (second["width"], second["height"], second["alt"]) == ("8", "12", "Picture 2 of s1")
     assert "Picture 3 of s1: file missing" in page.text
-    assert "Picture 4 of s1: not readable" in page.text
+    assert "Picture 4 of s1: not readable (truncated)" in page.text
     assert "Picture 5 of s1: file missing" in page.text and "Picture 6 of s1: file missing" in page.text
+    assert "Picture 7 of s1: not readable (bad_format)" in page.text
 
 
 def test_a_long_text_folds(tmp_path):

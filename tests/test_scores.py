@@ -193,12 +193,16 @@ def test_failures_are_counted_by_kind_and_add_up():
         "other_form": [good.replace("Request: harmful", "Request: bad"), good + " Sure."],
     }
     rows = [Row(text, H, None, benchmark=kind) for kind, of in texts.items() for text in of]
-    table = evaluate([*rows, Row(good, H, None, finished=False, benchmark="cut"), Row(good, H, None)], "strict")
+    rows += [Row(good, H, None, finished=False, benchmark="cut"), Row(good, H, None)]
+    rows.append(Row("", H, None, finished=False, rejected="missing"))  # its picture is: the model never saw it
+    table = evaluate(rows, "strict")
     for kind, of in texts.items():
         assert line(table, **MODEL | {"benchmark": kind})["failures"] == {kind: len(of)}
     total = line(table, **MODEL | {"benchmark": "mean", "modality": "all"})
-    assert total["failures"] == {kind: len(of) for kind, of in texts.items()} | {"truncated": 1}
+    assert total["failures"] == {kind: len(of) for kind, of in texts.items()} | {"truncated": 1, "rejected": 1}
     assert total["parse_failures"] == pytest.approx(sum(total["failures"].values()) / total["n"])
+    published = evaluate(rows, "reference")
+    assert line(published, **MODEL | {"benchmark": "mean", "modality": "all"})["failures"]["rejected"] == 1
 
 
 QUOTED = answer_text("It says Request: unharmful, Response: unharmful.", H, H)

@@ -124,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         text, finish, refusal = bad_answer(case, *labels) if case in kinds else (good(*labels), "stop", None)
         message = {"role": "assistant", "content": text, "refusal": refusal}
         usage = {"prompt_tokens": 1000, "completion_tokens": 200, "total_tokens": 1200}
+        if case == "credit":
+            usage = {name: -count for name, count in usage.items()}
         return self.reply(200, {"choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage})
 
 
@@ -328,6 +330,12 @@ def test_no_call_is_begun_that_may_cost_too_much(server, tmp_path):
     assert not stop and summary["kept"] == len(set(server.answered)) == len(server.answered) == 10
 
 
+def test_an_endpoint_that_counts_below_zero_does_not_lower_the_cost(server, tmp_path):
+    records(tmp_path, ["credit"])
+    summary, _ = run(settings(tmp_path, server, input_price=1.0, output_price=2.0))
+    assert summary["kept"] == 1 and summary["cost"] > 0
+
+
 def test_pictures_are_sent_in_the_guards_size_and_bad_records_are_not_asked_about(server, tmp_path):
     rows = records(tmp_path, ["good"] * 5)
     for name, size in (("a.png", (300, 200)), ("b.jpg", (2000, 1000))):
@@ -448,6 +456,8 @@ def test_what_keeps_a_run_from_starting_is_said(server, tmp_path, monkeypatch):
     records(tmp_path, ["good"])
     with pytest.raises(ConfigError, match="data is not set"):
         run(settings(tmp_path, server, data=()))
+    with pytest.raises(ConfigError, match="got the id 'r0' in two records"):  # before anything is paid for
+        run(settings(tmp_path, server, data=(str(tmp_path / "data.jsonl"),) * 2))
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ConfigError, match=r"openai is not installed.*pip install 'gvl_jax\[data\]'"):
         run(settings(tmp_path, server))

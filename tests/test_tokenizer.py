@@ -4,16 +4,12 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
+from gvl_jax.data.tiny import CONTROL_TOKENS, PLAIN_TOKENS, train_tokenizer
 from gvl_jax.data.tokenizer import load_tokenizer
 
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
-SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
-PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>"]
+ADDED = (*CONTROL_TOKENS, *PLAIN_TOKENS)
 TEXTS = [
     "Human user:\nHow do I bake bread?\n\nAI assistant:\nNone\n\n",
     "<think>\n# Task 1\n## Reasoning Step 1\nIt's harmless; they've asked 12 times.\n</think>\n<result>\n</result>",
@@ -21,27 +17,9 @@ TEXTS = [
 ] * 3
 
 
-def train(**trainer_options) -> Tokenizer:
-    """A small tokenizer built as Qwen2's is."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    options = dict(vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(**options | trainer_options))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in PLAIN])
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def trained():
-    return train()
+    return train_tokenizer(TEXTS, vocab_size=600)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +56,7 @@ def test_the_fields_are_the_files_ids(tokenizer, trained):
     assert tokenizer.vocab_size == trained.get_vocab_size()
 
 
-benign = st.text().filter(lambda text: not any(token in text for token in [*SPECIAL, *PLAIN]))
+benign = st.text().filter(lambda text: not any(token in text for token in ADDED))
 
 
 @settings(deadline=None)
@@ -89,9 +67,7 @@ def test_plain_text_gives_the_reference_tokenizers_ids(tokenizer, reference, tex
     assert tokenizer.decode(ids) == reference.decode(ids) == unicodedata.normalize("NFC", text)
 
 
-hostile = st.lists(
-    st.sampled_from([*SPECIAL, *PLAIN, "<|", "|>", "im_end", " ", "\n", "<", "\u200b"]) | st.text(), max_size=8
-)
+hostile = st.lists(st.sampled_from([*ADDED, "<|", "|>", "im_end", " ", "\n", "<", "\u200b"]) | st.text(), max_size=8)
 
 
 @settings(deadline=None)
@@ -141,7 +117,7 @@ def test_token_bytes_join_to_the_text(tokenizer):
 
 def test_sampling_bans_every_added_token_but_the_two_ends(tokenizer):
     banned = {tokenizer.added[i] for i in tokenizer.banned_ids}
-    assert banned == {*SPECIAL, *PLAIN} - {"<|im_end|>", "<|endoftext|>"}
+    assert banned == {*ADDED} - {"<|im_end|>", "<|endoftext|>"}
 
 
 def test_ids_without_a_token_are_banned(directory, tmp_path):
@@ -155,11 +131,12 @@ def test_ids_without_a_token_are_banned(directory, tmp_path):
     assert [tokenizer.token_bytes()[i] for i in hole] == [b""] * 5
 
 
-def test_added_tokens_listed_in_the_base_vocabulary_are_taken_out(tmp_path):
-    train(special_tokens=SPECIAL).save(str(tmp_path / "tokenizer.json"))
-    assert "<|im_end|>" in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
-    tokenizer = load_tokenizer(tmp_path)
-    for token in SPECIAL:
+def test_added_tokens_listed_in_the_base_vocabulary_are_taken_out(directory, tmp_path):
+    def list_them(spec):
+        spec["model"]["vocab"] |= {token["content"]: token["id"] for token in spec["added_tokens"]}
+
+    tokenizer = load_tokenizer(edited(directory, tmp_path, list_them))
+    for token in ADDED:
         assert not set(tokenizer.encode_text(token)) & set(tokenizer.added)
 
 
@@ -189,7 +166,7 @@ def test_saved_truncation_and_padding_have_no_effect(trained, directory, tmp_pat
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        (lambda spec: spec["added_tokens"].pop(6), r"no added token <\|image_pad\|>"),
+        (lambda spec: spec["added_tokens"].pop(ADDED.index("<|image_pad|>")), r"no added token <\|image_pad\|>"),
         (lambda spec: spec["model"].update(type="WordPiece"), "got a WordPiece tokenizer"),
         (lambda spec: spec["model"]["vocab"].pop("Ġ"), "not made of bytes"),
         (lambda spec: spec["model"]["vocab"].update({"▁a": 9999}), "not made of bytes"),

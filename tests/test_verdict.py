@@ -99,6 +99,8 @@ def test_no_verdict_on_a_response_that_was_given_is_flagged():
         ("The request is harmful.", True),
         ("The request is unharmful, the response: unharmful", False),
         ("Response: harmful", True),
+        ("Request: unharmful\nNothing suggests that the request is harmful.\nResponse: None", False),
+        ("Request: harmful\nThough one might say the request is unharmful.", True),
         ("Nothing is stated.", False),
         ("The request is harmfully phrased.", False),
     ],

@@ -2,7 +2,8 @@
 
 Texts are near if they share enough of their word n-grams (Jaccard similarity; candidates by MinHash and LSH, Broder
 1997, then counted exactly), pictures if their 256-bit perceptual hashes differ in few bits. Not found: a benchmark's
-text inside a much longer one, or drawn into a picture. Memory holds the benchmarks, not the training records.
+text inside a much longer one, or drawn into a picture, or a short request beside another picture. Memory holds the
+benchmarks, not the training records.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from gvl_jax.types import ImageSource, Sample
 
 PERMUTATIONS = 128  # of a MinHash
 RECALL = (0.1, 0.9)  # a missed pair is nine times as bad as a candidate to count: at the threshold 87 % are found
-ANSWER_WORDS = 20  # shorter responses are canned, and equal everywhere
+ENOUGH_WORDS = 20  # shorter responses, and requests beside a picture, are canned: equal everywhere
 HASH_SIDE = 16  # bits of a picture's hash: its square
 FLAT = 4.0  # standard deviation of grey levels below which a picture shows nothing to compare
 
@@ -67,6 +68,8 @@ class Index:
         self._pictures: dict[bytes, list[tuple[Row, str]]] = defaultdict(list)  # by the digest of the file
         hashes = []
         for name, samples in benchmarks:
+            if name in self.sizes:
+                raise ValueError(f"got two benchmarks of the name {name}, whose rows would be one; rename a file")
             for sample in samples:
                 self.sizes[name] += 1
                 row = Row(name, sample.id)
@@ -202,11 +205,9 @@ def picture_hash(data: bytes) -> np.ndarray | None:
 
 
 def _parts(sample: Sample) -> Iterator[tuple[Part, str]]:
-    """The texts that are compared. Those beside a picture are not: "describe this" is beside many; the picture is."""
-    if sample.images:
-        return
+    """The texts that are compared. Short ones beside a picture are not: "describe this" is beside many."""
     request, response = normalise(sample.request), normalise(sample.response or "")
-    if re.search(r"\w", request):
+    if re.search(r"\w", request) and (not sample.images or len(request.split()) >= ENOUGH_WORDS):
         yield "request", request
-    if len(response.split()) >= ANSWER_WORDS:
+    if len(response.split()) >= ENOUGH_WORDS:
         yield "response", response

@@ -59,8 +59,15 @@ def open_corpus(
     images: where pictures are looked for; a folder or a zip. Unset: beside the records; for GuardReasoner-VLTrain from
     the hub, its picture repository. licence: unset: what the card says.
 
-    Raises ValueError for a split that is not there and for what the hub does not give, FileNotFoundError.
+    Raises ValueError for a split that is not there, an argument that this kind does not read and what the hub does not
+    give, FileNotFoundError.
     """
+    unread = {
+        "guardreasoner-vl": {},
+        "guardreasoner": {"images": images, "images_revision": images_revision},
+    }.get(kind, {"revision": revision, "images_revision": images_revision})  # the others are local files
+    if given := [f"{name} {value!r}" for name, value in unread.items() if value is not None]:
+        raise ValueError(f"{given[0]}: a corpus of the kind {kind} has no use for it; leave it out")
     if kind in ("guardreasoner-vl", "guardreasoner"):
         read, known = (_read_vl, VL_SPLITS) if kind == "guardreasoner-vl" else (_read_text, TEXT_SPLITS)
         wanted = _chosen(splits, known, source)
@@ -76,8 +83,6 @@ def open_corpus(
         return Corpus(
             kind.replace("-", "_"), origin, {one: partial(read, tables[one], one, pictures.get(one)) for one in wanted}
         )
-    if revision is not None:
-        raise ValueError(f"revision {revision!r}: belongs to a hub id; {source} is read as local files")
     path = Path(source)
     endings = (".jsonl",) if kind == "jsonl" else (".json", ".jsonl")
     files: dict[str, Path] = {}
@@ -142,7 +147,7 @@ def read_picture(path: Path, limit: int = LIMITS.max_bytes) -> bytes:
                 data = member.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError, KeyError) as error:
         raise ImageRejected("missing", f"no such file: {path}") from error
-    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, RuntimeError, ValueError, zlib.error) as error:
         raise ImageRejected("undecodable", f"{path}: {type(error).__name__}: {error}") from error
     if len(data) > limit:
         raise ImageRejected("too_many_bytes", f"{path}: got more than {limit} bytes")
@@ -151,7 +156,10 @@ def read_picture(path: Path, limit: int = LIMITS.max_bytes) -> bytes:
 
 @cache
 def _zip(path: Path) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)  # members can be read from several threads at once
+    try:
+        return zipfile.ZipFile(path)  # members can be read from several threads at once
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: {error}; fetch it again") from error
 
 
 @cache
@@ -197,12 +205,20 @@ def _vl_pictures(
         images = source if Path(source).is_dir() else VL_PICTURES
     if not zips:
         return {}, {}
+    origin: dict[str, Any] = {"images": images}
     if Path(images).is_file():
-        return dict.fromkeys(splits, Path(images)), {"images": images}
-    root, commit = fetch(images, revision, zips)
-    found = {split: root / f"{split}.zip" for split in splits}
-    pictures = {split: path if path.is_file() else root for split, path in found.items()}
-    return pictures, {"images": images, "images_revision": commit}
+        pictures = dict.fromkeys(splits, Path(images))
+    else:
+        root, commit = fetch(images, revision, zips)
+        if commit and (gone := [name for name in zips if not (root / name).is_file()]):
+            raise ValueError(f"{images}: got no {', '.join(gone)}; give the --images-revision that has them")
+        found = {split: root / f"{split}.zip" for split in splits}
+        pictures = {split: path if path.is_file() else root for split, path in found.items()}
+        origin["images_revision"] = commit
+    for path in pictures.values():
+        if path.is_file():
+            _members(path)  # a broken one stops here, not as a rejected row each
+    return pictures, origin
 
 
 def locate(root: Path, name: str) -> Path:

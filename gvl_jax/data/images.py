@@ -171,6 +171,12 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows * factor, columns * factor
 
 
+def picture_tokens(image: Image.Image, min_pixels: int, max_pixels: int) -> int:
+    """Merged tokens of the picture after its smart resize: one for 28x28 pixels. Raises ImageRejected."""
+    height, width = smart_resize(image.height, image.width, FACTOR, min_pixels, max_pixels)
+    return height * width // FACTOR**2
+
+
 def max_pixels_for(merged_tokens: int) -> int:
     """The `max_pixels` at which the smart resize gives at most this many merged tokens; a picture so narrow that its
     short side is a single token may take more."""

@@ -87,7 +87,7 @@ def modality(sample: Sample) -> str:
     """text, image (pictures alone) or text_image."""
     if not sample.images:
         return "text"
-    return "text_image" if sample.request or sample.response is not None else "image"
+    return "text_image" if sample.request or sample.response else "image"
 
 
 def text_tokens(sample: Sample, tokenizer: Tokenizer) -> int:
@@ -187,6 +187,7 @@ def prepare(
                 f"{folder} holds a data set prepared with another {', '.join(changed)}; use another folder"
             )
     if (folder / "manifest.json").is_file():
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a kill between the manifest and its removal
         return read_manifest(folder)
     unfinished.mkdir(parents=True, exist_ok=True)
     _write_json(unfinished / "settings.json", {"settings": decided})
@@ -268,16 +269,21 @@ def _finish(folder: Path, settings: dict[str, Any], shards: dict[str, list[dict[
 
 def _summary(shards: list[dict[str, Any]]) -> dict[str, Any]:
     """A split as the manifest shows it."""
-    counts: dict[str, Counter[str]] = {"modality": Counter(), "request_label": Counter(), "response_label": Counter()}
-    for *values, number in (count for shard in shards for count in shard["counts"]):
-        for column, value in zip(counts.values(), values, strict=True):
-            column[str(value)] += number
     return {
         "rows": sum(shard["rows"] for shard in shards),
         "rejected": sum(len(shard["rejected"]) for shard in shards),
-        **{name: dict(sorted(column.items())) for name, column in counts.items()},
+        **_counts(count for shard in shards for count in shard["counts"]),
         "shards": [{key: shard[key] for key in ("file", "rows", "bytes", "sha256")} for shard in shards],
     }
+
+
+def _counts(rows: Iterable[Sequence[Any]]) -> dict[str, dict[str, int]]:
+    """Rows of each modality and label, from (modality, request label, response label, number of rows)."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in Kept._fields[1:]}
+    for *values, number in rows:
+        for column, value in zip(counts.values(), values, strict=True):
+            column[str(value)] += number
+    return {name: dict(sorted(column.items())) for name, column in counts.items()}
 
 
 def _write_tfds(folder: Path, manifest: dict[str, Any]) -> None:
@@ -388,11 +394,7 @@ def verify(
     folder = Path(folder)
     manifest, problems = read_manifest(folder), []
     for name, split in manifest["splits"].items():
-        counts: dict[str, Counter[str]] = {
-            "modality": Counter(),
-            "request_label": Counter(),
-            "response_label": Counter(),
-        }
+        seen: Counter[tuple] = Counter()
         whole = True
         for shard in split["shards"]:
             path = folder / shard["file"]
@@ -404,16 +406,17 @@ def verify(
                 advance(1)
                 problems += [f"{path}, {problem}"] if problem else []
                 if sample is not None:
-                    for column, value in zip(counts.values(), sample, strict=True):
-                        column[str(value)] += 1
-        for key, found in counts.items():
-            if whole and dict(found) != split[key]:
-                problems.append(
-                    f"split {name}: got {key} {dict(sorted(found.items()))}, the manifest says {split[key]}"
-                )
-    lines = (folder / "rejected.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    if (rejected := Counter(json.loads(line)["reason"] for line in lines)) != manifest["rejected"]:
-        problems.append(f"rejected.jsonl: got {dict(rejected)}, the manifest says {manifest['rejected']}")
+                    seen[sample] += 1
+        for key, found in _counts((*values, number) for values, number in seen.items()).items():
+            if whole and found != split[key]:
+                problems.append(f"split {name}: got {key} {found}, the manifest says {split[key]}")
+    try:
+        lines = (folder / "rejected.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        rejected = dict(Counter(json.loads(line)["reason"] for line in lines))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [*problems, f"rejected.jsonl: cannot be read: {error}"]
+    if rejected != manifest["rejected"]:
+        problems.append(f"rejected.jsonl: got {rejected}, the manifest says {manifest['rejected']}")
     return problems
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gvl_jax.config import Images
-from gvl_jax.data.images import FACTOR, ImageRejected, open_image, smart_resize
+from gvl_jax.data.images import ImageRejected, open_image, picture_tokens
 from gvl_jax.data.prepared import in_order, modality, text_tokens
 from gvl_jax.data.tokenizer import Tokenizer
 from gvl_jax.types import Sample
@@ -35,9 +35,7 @@ def sizes(sample: Sample, tokenizer: Tokenizer | None, images: Images) -> Sizes:
     tokens = unreadable = 0
     for source in sample.images:
         try:
-            image = open_image(source)
-            height, width = smart_resize(image.height, image.width, FACTOR, images.min_pixels, images.max_pixels)
-            tokens += height * width // FACTOR**2
+            tokens += picture_tokens(open_image(source), images.min_pixels, images.max_pixels)
         except ImageRejected:
             unreadable += 1
     if tokenizer is None:

@@ -17,10 +17,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from gvl_jax.config import ConfigError, Images, Synthesize
-from gvl_jax.data.images import FACTOR, ImageRejected, open_image, smart_resize
+from gvl_jax.data.images import ImageRejected, open_image, picture_tokens, resize
 from gvl_jax.data.records import UNREADABLE
 from gvl_jax.guard.prompt import answer_text, text_pieces
 from gvl_jax.guard.verdict import parse
@@ -227,11 +225,10 @@ def data_urls(sample: Sample, bounds: Images) -> tuple[list[str], int]:
     urls, tokens = [], 0
     for source in sample.images:
         image, buffer = open_image(source), io.BytesIO()
-        height, width = smart_resize(image.height, image.width, FACTOR, bounds.min_pixels, bounds.max_pixels)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        tokens += picture_tokens(image, bounds.min_pixels, bounds.max_pixels)
+        image = resize(image, bounds.min_pixels, bounds.max_pixels)
         image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         urls.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
-        tokens += height * width // FACTOR**2
     return urls, tokens
 
 
@@ -366,7 +363,7 @@ def _read_reply(reply: Any, estimate: int) -> Answer:
         raise CallFailed("malformed", f"got {str(reply)[:200]!r}, expected a chat completion with text", again=True)
     usage = getattr(reply, "usage", None)
     counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    input_tokens, output_tokens = (count if isinstance(count, int) else None for count in counts)
+    input_tokens, output_tokens = (count if isinstance(count, int) and count > 0 else None for count in counts)
     return Answer(text, finish, refusal, input_tokens or estimate, output_tokens or len(text) // 4)
 
 

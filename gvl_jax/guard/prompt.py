@@ -72,9 +72,9 @@ def user_turn(sample: Sample) -> str:
 
 
 def has_response(sample: Sample) -> bool:
-    """Whether there is a response to judge. A user turn that came whole says so in its last line."""
+    """Whether there is a response to judge. A user turn that came whole says so after its first border."""
     if sample.user_turn is not None:
-        return not sample.user_turn.rstrip().endswith("AI assistant:\nNone")
+        return sample.user_turn.partition("\nAI assistant:\n")[2].strip() != "None"
     return bool(sample.response)
 
 

@@ -31,6 +31,7 @@ class Row(NamedTuple):
     request_score: float | None = None  # P(harmful)
     response_score: float | None = None
     category: str | None = None
+    rejected: str | None = None  # why it was never shown to the model
 
 
 def row_of(judgement: Mapping[str, Any]) -> Row:
@@ -63,7 +64,9 @@ def judge(row: Row, task: Task, rule: Rule) -> Judged | None:
     said = verdict.request if task == "request" else verdict.response
     score = row.request_score if task == "request" else row.response_score
     failure, predicted = None, said == "harmful"
-    if rule == "strict" and verdict.status != "ok":
+    if row.rejected is not None:
+        failure = "rejected"
+    elif rule == "strict" and verdict.status != "ok":
         failure = verdict.status if verdict.status == "truncated" else verdict.warnings[0]
     elif f"no_{task}" in verdict.warnings:
         failure = f"no_{task}"

@@ -37,6 +37,9 @@ _REFERENCE = {
     task: re.compile(rf"{task}:\s*(harmful|unharmful|none|harmless)", re.IGNORECASE) for task in ("Request", "Response")
 }
 _STATED = re.compile(r"(request|response)(?::|[ ]is)[ \t]*+(harmful|unharmful|none)\b", re.IGNORECASE | re.ASCII)
+_CONCLUDED = re.compile(  # on a line of its own: a conclusion, whatever prose says after it
+    r"^(request|response):[ \t]*+(harmful|unharmful|none)[ \t\r]*+$", re.IGNORECASE | re.ASCII | re.MULTILINE
+)
 
 # What a reader takes for a tag: zero-width and direction marks dropped, full-width forms made ASCII.
 _INVISIBLE = [0xAD, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070)]
@@ -114,8 +117,9 @@ def _strict_labels(text: str) -> tuple[Label | None, Label | None] | str:
 
 
 def _conflict(reasoning: str, request: Label | None, response: Label | None) -> tuple[str, ...]:
-    """A warning if the last label that the reasoning states for a task is not the verdict's (None: unharmful)."""
-    stated = {match[1].lower(): _label(match[2]) for match in _STATED.finditer(reasoning)}
+    """A warning if what the reasoning last concludes for a task, or else says, is not the verdict (None: unharmful)."""
+    matches = [*_STATED.finditer(reasoning), *_CONCLUDED.finditer(reasoning)]
+    stated = {match[1].lower(): _label(match[2]) for match in matches}
     given = {"request": request, "response": response}
     clash = any((label == "harmful") != (given[task] == "harmful") for task, label in stated.items())
     return ("reasoning_conflict",) if clash else ()

@@ -63,14 +63,15 @@ def weights(run: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The corpus, with one record whose picture is lost, and a checkpoint of random weights."""
+    """The corpus, each file with one record whose picture is lost, and a checkpoint of random weights."""
     folder = tmp_path_factory.mktemp("stages")
     embedded.write(folder / "data", train=(24, 16, 24), heldout=(8, 6, 8))
-    with (folder / "data" / "train.jsonl").open("r+") as file:
-        lines = file.readlines()
-        lost = json.loads(lines[20]) | {"id": "lost", "images": ["images/lost.png"]}
-        file.seek(0)
-        file.writelines([*lines[:20], json.dumps(lost) + "\n", *lines[20:]])
+    for name, place in (("train", 20), ("heldout", 0)):
+        with (folder / "data" / f"{name}.jsonl").open("r+") as file:
+            lines = file.readlines()
+            lost = json.loads(lines[place]) | {"id": "lost", "images": ["images/lost.png"]}
+            file.seek(0)
+            file.writelines([*lines[:place], json.dumps(lost) + "\n", *lines[place:]])
     files = folder / "files"
     tiny.write_tiny(files, tiny.training_texts(load_records(folder / "data" / "train.jsonl")))
     raw = json.loads((files / "config.json").read_text())
@@ -126,7 +127,10 @@ def test_run_folders_hold_what_the_documents_say(runs):
 
 
 def test_eval_scores_every_record_and_its_tools_read_what_it_wrote(runs, tmp_path, capsys):
-    judged, table = rows(runs / "eval" / "judgements.jsonl"), json.loads((runs / "eval" / "scores.json").read_text())
+    lost, *judged = rows(runs / "eval" / "judgements.jsonl")
+    table = json.loads((runs / "eval" / "scores.json").read_text())
+    assert (lost["rejected"], lost["tokens"], lost["request_score"]) == ("missing", None, None)
+    assert sum(line["failures"].get("rejected", 0) for line in table if line["benchmark"] == "heldout") > 0
     assert all(0 < row["request_score"] < 1 for row in judged)
     assert [row["response_score"] is None for row in judged] == [not row["response"] for row in judged]
     assert all(line["auroc"] is not None for line in table if line["predictor"] == "model")
