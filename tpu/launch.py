@@ -9,7 +9,9 @@ from slices import SLICES
 
 ROOT = Path(__file__).resolve().parent.parent
 MOUNT = "/gcs"  # where every launcher shows the bucket as a folder, on all hosts
-AGAIN = 75  # exit code of `gvl`: stopped and saved, start the same command again
+# Exit codes of `gvl`:
+AGAIN = 75  # stopped and saved, start the same command again
+LOST = 76  # another host has gone, maybe through an error that comes again: start again, but only so often
 STAGES = ("sft", "mine", "rl", "eval")
 
 # Flags of libtpu that every launcher sets, each with its reason. None: the flags that are recommended most (async
