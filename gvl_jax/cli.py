@@ -412,7 +412,7 @@ def _plan(args: list[str]) -> int:
 def _doctor(args: list[str]) -> int:
     parser = argparse.ArgumentParser("gvl doctor", description="versions, devices, memory, disks, hub, data, model")
     parser.add_argument("--model", help="a checkpoint directory or hub id to look into")
-    parser.add_argument("--data", type=Path, help="records to load, JSONL")
+    parser.add_argument("--data", type=Path, help="records to load: a JSONL file or a prepared folder")
     parser.add_argument("--output", default="runs", help="where runs will be written (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the checks for machines")
     options = parser.parse_args(args)
