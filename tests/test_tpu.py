@@ -242,13 +242,15 @@ def test_a_terminal_is_asked(world, answer, code, created):
         ([*QUEUED, "--", "sft", "c.yaml", "--checkpoints", "gs://b/x"], "--output /gcs/"),
         ([*QUEUED, "--", "sft", "c.yaml", "--output", "/gcs/x"], "--checkpoints gs://"),
         ([*QUEUED, "--", "rl", "c.yaml", "--output", "/gcs/x", "--checkpoints=/tmp/x"], "--checkpoints gs://"),
+        ([*QUEUED, "--", "moderate", "m", "--output", "/gcs/x"], "every host would judge every row"),
+        ([*QUEUED, "--type", "v6e-8", "--", "moderate", "m"], "--output /gcs/"),
         ([*QUEUED[:-2], *SFT], "--bucket"),
         ([*QUEUED], "gvl command"),
         ([*QUEUED, "--name", "a;b", *SFT], "a;b"),
         ([*QUEUED, "--bucket", "gs://b", *SFT], "gs://b"),
     ],
 )
-def test_results_on_a_disk_that_dies_with_the_node_are_refused(world, words, message):
+def test_what_would_be_lost_with_the_node_or_done_by_every_host_is_refused(world, words, message):
     done = launch(world, "queued.py", "up", "--yes", *words)
     assert done.returncode == 2 and message in done.stderr and not (world / "calls").exists()
 
