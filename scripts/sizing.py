@@ -15,8 +15,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tpu"))
 from slices import SLICES  # noqa: E402
 
 NAMES = ("v5e-16", "v6e-8", "v6e-64", "v5p-16", "v5p-128", "v5p-512")
-ROOM = {"v5e": (1, 1), "v6e": (2, 1), "v5p": (8, 4)}  # of a chip: rows of SFT; prompts of RL, in rollout and update
-ROWS = [f"{size}/{stage}/{name}" for size in ("3b", "7b") for stage in ("sft", "rl") for name in NAMES]
+# What a chip has room for, where the config does not say it: rows of 2,048 tokens hold 8,192 patches each, a prompt of
+# RL with 16 completions 12,288. `prompts` counts for rollout and update alike.
+FLAGS = {
+    "sft": {"v5e": "--rows 1 --buckets.patches 4096 8192", "v6e": "--rows 2 --buckets.patches 4096 16384", "v5p": ""},
+    "rl": {"v5e": "", "v6e": "", "v5p": "--prompts 4 --buckets.patches 4096 16384 49152"},
+}
+ROWS = [f"{size}/{stage}/{name}" for size in ("3b", "7b") for stage in FLAGS for name in NAMES]
 
 HEAD = """\
 # What fits where
@@ -32,13 +37,9 @@ beside it, on each chip, against what a program may use.
 
 
 def flags(row: str) -> str:
-    """What `gvl sft` and `gvl rl` need beside the config file: rows of 2,048 tokens hold 8,192 patches each."""
+    """What `gvl sft` and `gvl rl` need on the slice beside the config file."""
     _, stage, name = row.split("/")
-    rows, prompts = ROOM[name.split("-")[0]]
-    fsdp = f"--mesh.fsdp {min(16, SLICES[name].chips)}"
-    return fsdp + (
-        f" --rows {rows} --buckets.patches 4096 {8192 * rows}" if stage == "sft" else f" --prompts {prompts}"
-    )
+    return f"--mesh.fsdp {min(16, SLICES[name].chips)} {FLAGS[stage][name.split('-')[0]]}".strip()
 
 
 def planned(row: str, results: Path) -> dict | None:

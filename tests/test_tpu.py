@@ -4,7 +4,7 @@ No real client is started, but for its --help or its schema, where it is install
 """
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 import pty
@@ -588,24 +588,45 @@ def test_the_image_copies_what_is_there_and_does_not_run_as_root():
     assert [words[1] for words in lines if words[0] == "USER"] == ["gvl"]
 
 
-def test_the_readme_shows_what_the_launchers_print(monkeypatch):
-    """Every `$ python tpu/…` of the README is run with --dry-run; where it has the flag, its output is what follows."""
-    readme = (TPU / "README.md").read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"^```console\n(.*?)^```", readme, re.MULTILINE | re.DOTALL))
-    shown = 0
+README = (TPU / "README.md").read_text(encoding="utf-8")
+
+
+def sessions():
+    """Every `$ command` of the README, and what follows it."""
+    blocks = "".join(re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
     for session in re.split(r"^\$ ", blocks, flags=re.MULTILINE):
         command, output = re.fullmatch(r"((?:.*\\\n)*.*)\n?((?:.*\n)*)", session).groups()
-        words = shlex.split(command.replace("\\\n", " "))
+        yield shlex.split(command.replace("\\\n", " ")), output
+
+
+def test_the_readme_shows_what_the_launchers_print(monkeypatch):
+    """Every `$ python tpu/…` of the README is run with --dry-run; where it has the flag, its output is what follows."""
+    shown = 0
+    for words, output in sessions():
         if words[1:2] and words[1].startswith("tpu/"):
             assert all((ROOT / word).is_file() for word in words if word.startswith("configs/")), words
             flags = [] if "--dry-run" in words else ["--dry-run"]
             printed = dry(words[1].removeprefix("tpu/"), *flags, *words[2:])
             if not flags:
                 shown += 1
-                assert output == printed.replace(str(ROOT), "/home/me/gvl_jax"), command
+                assert output == printed.replace(str(ROOT), "/home/me/gvl_jax"), words
     assert shown >= 3
     for size in module("slices", monkeypatch).SLICES.values():
-        assert f"| {size.name} | {size.chips} | {size.hosts} | {size.topology} | `{size.accelerator}` |" in readme
+        assert f"| {size.name} | {size.chips} | {size.hosts} | {size.topology} | `{size.accelerator}` |" in README
+
+
+def test_what_the_readme_runs_is_what_sizing_plans():
+    spec = importlib.util.spec_from_file_location("sizing", ROOT / "scripts" / "sizing.py")
+    sizing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sizing)
+    planned = set()
+    for words, _ in sessions():
+        if found := re.search(r"--type (\S+) .*-- (sft|rl) configs/3b/", " ".join(words)):
+            planned.add(row := f"3b/{found[2]}/{found[1]}")
+            assert sizing.flags(row) in " ".join(words), words
+    assert {"3b/sft/v6e-8", "3b/rl/v6e-8"} <= planned <= set(sizing.ROWS)
+    for stage in ("sft", "rl"):
+        assert f"configs/3b/{stage}.yaml --topology v6e:2x4 {sizing.flags(f'3b/{stage}/v6e-8')}\n" in README
 
 
 def until(condition):
