@@ -281,8 +281,9 @@ def main(args: list[str]) -> int:
     path = args.pop(0) if args and not args[0].startswith("-") else ""  # argparse would take the value of a flag
     parser = argparse.ArgumentParser(
         "gvl plan",
-        usage="gvl plan [sft|rl] CFG --topology TOPOLOGY [--only NAME …] [--json FILE], and any field of the config",
+        usage="gvl plan [sft|rl] CFG --topology TOPOLOGY [--only NAME …] [--json FILE]",
         description="CFG: a config file of gvl sft or gvl rl; `gvl plan rl FILE` says which it is",
+        epilog="any field of the config is a flag, as --mesh.fsdp 16",
     )
     parser.add_argument("--topology", required=True, help="generation and chips along each axis, as v5p:4x4x4")
     parser.add_argument("--only", nargs="+", default=[], help="programs whose names begin so: accumulate, decode, …")
