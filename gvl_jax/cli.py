@@ -42,8 +42,8 @@ gvl VERB …
   doctor [--model M] [--data FILE]   what stands in the way on this machine, and the command that removes it
 
 CFG is a YAML file of configs/; any of its fields is a flag: --optim.peak-lr 2e-5. `gvl VERB --help` lists them.
-A stage that was stopped goes on when the same command is given again. --dry-run shows what would be done, --json
-prints the result for machines."""
+A stage that was stopped goes on when the same command is given again; with --dry-run it shows what it would do, with
+--json it prints its result for machines."""
 
 
 AGAIN = 75  # saved: launchers start the command again
