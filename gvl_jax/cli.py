@@ -1,7 +1,7 @@
 """The `gvl` command: a verb, a config file, flags. No logic: each verb calls the function that does it.
 
 Exit codes: 0 done · 1 failed · 2 wrong usage · 3 something was flagged under `moderate --exit-code` · 75 stopped by
-SIGTERM, after saving: start it again · 76 another process of the run has gone: start it again, so often · 130
+SIGTERM, after saving: start it again · 76 another process of the run has gone: start it again, a few times · 130
 interrupted
 """
 
