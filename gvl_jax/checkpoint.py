@@ -40,14 +40,18 @@ class Checkpoints:
     """The `keep` newest checkpoints of a run, and with `keep_best` the one of the highest score, on a disk that all
     processes see. Saving goes on in the background.
 
-    folder: where, if not in run_dir/checkpoints; also gs://bucket/path."""
+    folder: where, if not in run_dir/checkpoints; also gs://bucket/path.
+    read_only: nothing there is removed or renamed; the run itself may be saving at this moment."""
 
-    def __init__(self, run_dir: str | Path, folder: str = "", keep: int = 2, keep_best: bool = False) -> None:
+    def __init__(
+        self, run_dir: str | Path, folder: str = "", keep: int = 2, keep_best: bool = False, read_only: bool = False
+    ) -> None:
         self.folder = epath.Path(folder or Path(run_dir).absolute() / "checkpoints")
         kept = [policy.LatestN(n=keep), policy.BestN(get_metric_fn=lambda saved: saved["score"], n=int(keep_best))]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+            preservation_policy=policy.AnyPreservationPolicy(kept), cleanup_tmp_directories=not read_only
         )
+        self._read_only = read_only
         handlers = {name: ocp.JsonCheckpointHandler() for name in ("meta", "metrics")}
         self._manager = ocp.CheckpointManager(
             self.folder, item_handlers={"state": ocp.StandardCheckpointHandler(), **handlers}, options=options
@@ -79,7 +83,8 @@ class Checkpoints:
         """State and meta of `step`, or of the newest checkpoint that can be read.
 
         like: a state of the same structure, of arrays or jax.ShapeDtypeStruct; arrays come back with its shardings.
-        A damaged checkpoint is named in a warning and renamed to damaged-STEP, and the one before is used.
+        A damaged checkpoint is named in a warning and (unless read_only) renamed to damaged-STEP; the one before is
+        used.
 
         Raises:
             CheckpointMismatch: paths, shapes or dtypes differ from those of `like`.
@@ -98,7 +103,8 @@ class Checkpoints:
                 continue
             for bad, reason in damaged.items():
                 log.warning("%s is damaged (%s); using step %d", self.folder / str(bad), reason, candidate)
-            self._set_aside(list(damaged))
+            if not self._read_only:
+                self._set_aside(list(damaged))
             return found
         reasons = "; ".join(f"{self.folder / str(s)}: {reason}" for s, reason in damaged.items())
         raise CheckpointError(

@@ -1,7 +1,8 @@
 """The `gvl` command: a verb, a config file, flags. No logic: each verb calls the function that does it.
 
 Exit codes: 0 done · 1 failed · 2 wrong usage · 3 something was flagged under `moderate --exit-code` · 75 stopped by
-SIGTERM, after saving: start it again · 130 interrupted
+SIGTERM, after saving: start it again · 76 another process of the run has gone: start it again, a few times · 130
+interrupted
 """
 
 import argparse
@@ -41,11 +42,12 @@ gvl VERB …
   doctor [--model M] [--data FILE]   what stands in the way on this machine, and the command that removes it
 
 CFG is a YAML file of configs/; any of its fields is a flag: --optim.peak-lr 2e-5. `gvl VERB --help` lists them.
-A stage that was stopped goes on when the same command is given again. --dry-run shows what would be done, --json
-prints the result for machines."""
+A stage that was stopped goes on when the same command is given again; with --dry-run it shows what it would do, with
+--json it prints its result for machines."""
 
 
-AGAIN = 75  # EX_TEMPFAIL: launchers start the command again
+AGAIN = 75  # saved: launchers start the command again
+LOST = 76  # another process has gone, maybe for a reason that comes again: launchers start again, and count
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,9 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\ngvl {verb}: interrupted; what is done is kept, the same command goes on from there", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        if why := _again(error):
+        code, why = _again(error)
+        if code:
             print(f"gvl {verb}: {why}; the same command goes on from there", file=sys.stderr)
-            return AGAIN
+            return code
         if os.environ.get("GVL_TRACEBACK"):
             raise
         message = str(error) or type(error).__name__
@@ -79,18 +82,20 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _again(error: Exception) -> str:
-    """Why the same command should be given again, or nothing."""
+def _again(error: Exception) -> tuple[int, str]:
+    """The exit code by which the same command should be given again, and why; 0 for an error of its own."""
+    if "gvl_jax.run_folder" not in sys.modules:  # no stage ran; JAX may be what is broken
+        return 0, ""
     import jax
 
     from gvl_jax.run_folder import Stopped
 
     if isinstance(error, Stopped):
-        return str(error)
-    lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
-    if lost and jax.process_count() > 1:
-        return f"another process has gone ({str(error).splitlines()[0]})"
-    return ""
+        return AGAIN, str(error)
+    own = any(status in str(error) for status in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))
+    if isinstance(error, jax.errors.JaxRuntimeError) and not own and jax.process_count() > 1:
+        return LOST, f"another process has gone ({str(error).splitlines()[0]})"
+    return 0, ""
 
 
 def _stage(kind: Any, module: str) -> Callable[[list[str]], int]:
@@ -407,7 +412,7 @@ def _plan(args: list[str]) -> int:
 def _doctor(args: list[str]) -> int:
     parser = argparse.ArgumentParser("gvl doctor", description="versions, devices, memory, disks, hub, data, model")
     parser.add_argument("--model", help="a checkpoint directory or hub id to look into")
-    parser.add_argument("--data", type=Path, help="records to load, JSONL")
+    parser.add_argument("--data", type=Path, help="records to load: a JSONL file or a prepared folder")
     parser.add_argument("--output", default="runs", help="where runs will be written (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the checks for machines")
     options = parser.parse_args(args)

@@ -136,7 +136,7 @@ def check_devices(said: Mapping[str, Any], files: list[str], env: Mapping[str, s
 
 
 def check_memory(free: float, limit: float) -> Check:
-    found = f"{free / GB:.1f} GB free" + (f", the cgroup allows {limit / GB:.1f} GB" if limit < free else "")
+    found = f"{free / GB:.1f} GB free" + (f", the cgroup leaves {limit / GB:.1f} GB" if limit < free else "")
     return enough("host memory", min(free, limit), 8 * GB, found, "ps aux --sort=-rss | head  # who has it")
 
 
@@ -184,20 +184,23 @@ def check_hub(url: str, said: Mapping[str, Any] | None) -> Check:
 
 
 def check_data(path: Path) -> Check:
-    """Every record loads, and the pictures of the first 100 open."""
+    """Every record of a JSONL file loads, a prepared data set opens, and the pictures of the first 100 records."""
     from gvl_jax.data.images import ImageRejected, open_image
-    from gvl_jax.data.records import load_records
+    from gvl_jax.data.prepared import load_samples
 
+    look = f"gvl data verify {path}" if path.is_dir() else f"ls -l {path}"
     try:
-        samples = load_records(path)
-        pictures = [image for sample in samples[:100] for image in sample.images if isinstance(image, Path)]
+        samples = load_samples([path])
+        pictures = [image for i in range(min(100, len(samples))) for image in samples[i].images]
         for image in pictures:
             open_image(image)
     except ImageRejected as error:
+        if not isinstance(image, Path):  # of a prepared data set
+            return Check("data", "problem", str(error), look)
         return Check("data", "problem", f"{image}: {error}", f"ls -l {image}  # paths start at {path.parent}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         line = re.search(r", line (\d+):", str(error))
-        fix = f"sed -n {line[1]}p {path}" if line else f"ls -l {path}"
+        fix = f"sed -n {line[1]}p {path}" if line else look
         return Check("data", "problem", "; ".join(str(error).splitlines()[:2]), fix)
     return Check("data", "ok", f"{len(samples)} records; the {len(pictures)} pictures of the first 100 open")
 

@@ -61,13 +61,17 @@ def install_jax(versions: Mapping[str, str], extra: str) -> str:
 
 
 def host_memory(proc: Path, cgroup: Path) -> tuple[int, float]:
-    """Bytes that are free on a Linux host, and those that the cgroups of this process allow it in all."""
+    """Bytes that are free on a Linux host, and those that the cgroups of this process leave beside what is taken: page
+    cache can be had, so it is not."""
     free = re.findall(r"MemAvailable: +(\d+) kB", (proc / "meminfo").read_text())
     limits = [inf]
     for group in re.findall(r"^\d+:(?:memory)?:/(.*)", (proc / "self/cgroup").read_text(), re.MULTILINE):
         for folder in [Path(group), *Path(group).parents]:  # version 2, version 1
             for file in (cgroup / folder / "memory.max", cgroup / "memory" / folder / "memory.limit_in_bytes"):
-                limits += [float(file.read_text().replace("max", "inf"))] if file.exists() else []
+                if file.exists():
+                    stat = file.with_name("memory.stat")
+                    taken = re.findall(r"^(?:anon|total_rss) (\d+)", stat.read_text(), re.M) if stat.exists() else []
+                    limits.append(float(file.read_text().replace("max", "inf")) - sum(map(int, taken)))
     return int(free[0]) * 1024, min(limits)
 
 

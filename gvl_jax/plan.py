@@ -240,7 +240,11 @@ def run(config: Sft | Rl, topology: str, only: Sequence[str] = ()) -> tuple[dict
     if mesh.size != len(devices):
         raise ConfigError(f"the mesh has {mesh.size} chips, {topology} {len(devices)}; leave mesh.data out")
     stage = stage_of(config, model, mesh, shared)
-    programs = sft_programs(stage) if isinstance(config, Sft) else rl_programs(stage)
+    every = sft_programs(stage) if isinstance(config, Sft) else rl_programs(stage)
+    programs = [one for one in every if one.name.startswith(tuple(only))] if only else every
+    if not programs:
+        names = ", ".join(one.name.split()[0] for one in every)
+        raise ConfigError(f"--only {' '.join(only)}: no program of this config begins so; expected some of {names}")
     whole = replicated(mesh, stage.params)
     head = {
         "topology": topology,
@@ -256,8 +260,6 @@ def run(config: Sft | Rl, topology: str, only: Sequence[str] = ()) -> tuple[dict
     say = functools.partial(print, file=sys.stderr, flush=True)
     plans = []
     for program in programs:
-        if only and not program.name.startswith(tuple(only)):
-            continue
         say(f"# compiling {program.name} …")
         plan = compiled(program, chip, smallest_matrix(stage))
         if plan.problem == "does not fit":
@@ -275,19 +277,27 @@ def main(args: list[str]) -> int:
     """`gvl plan`. → 0: everything fits; 1: something does not, or is refused."""
     kinds = {"sft": Sft, "rl": Rl}
     named = args[:1] if args[:1] and args[0] in kinds else []
-    parser = argparse.ArgumentParser("gvl plan", epilog="any field of the config is a flag, as --mesh.fsdp 16")
-    parser.add_argument("config", help="a config file of gvl sft or gvl rl; `gvl plan rl FILE` says which")
+    args = args[len(named) :]
+    path = args.pop(0) if args and not args[0].startswith("-") else ""  # argparse would take the value of a flag
+    parser = argparse.ArgumentParser(
+        "gvl plan",
+        usage="gvl plan [sft|rl] CFG --topology TOPOLOGY [--only NAME …] [--json FILE]",
+        description="CFG: a config file of gvl sft or gvl rl; `gvl plan rl FILE` says which it is",
+        epilog="any field of the config is a flag, as --mesh.fsdp 16",
+    )
     parser.add_argument("--topology", required=True, help="generation and chips along each axis, as v5p:4x4x4")
     parser.add_argument("--only", nargs="+", default=[], help="programs whose names begin so: accumulate, decode, …")
     parser.add_argument("--json", type=Path, help="write the plan for machines to this file")
-    options, flags = parser.parse_known_args(args[len(named) :])
-    kind = named[0] if named else re.split(r"[_.]", Path(options.config).name)[0]
+    options, flags = parser.parse_known_args(args)
+    if not path:
+        parser.error("CFG, the config file, comes first")
+    kind = named[0] if named else re.split(r"[_.]", Path(path).name)[0]
     if kind not in kinds:
-        raise ConfigError(f"{options.config}: which stage is it? gvl plan sft {options.config} or gvl plan rl …")
-    config: Sft | Rl = load(kinds[kind], options.config, flags)  # type: ignore[type-var]
+        raise ConfigError(f"{path}: which stage is it? gvl plan sft {path} or gvl plan rl …")
+    config: Sft | Rl = load(kinds[kind], path, flags)  # type: ignore[type-var]
     head, plans = run(config, options.topology, options.only)
     shape = " x ".join(f"{axis} {size}" for axis, size in head["mesh"].items())
-    print(f"{options.config} on {head['topology']}, {math.prod(head['mesh'].values())} chips, {shape}")
+    print(f"{path} on {head['topology']}, {math.prod(head['mesh'].values())} chips, {shape}")
     path, count, why = head["largest_replicated"] or ("nothing", 0, "")
     print(
         f"{head['parameters'] / 1e9:.2f} B parameters; on every chip {head['replicated'] / 1e6:.2f} M of them, "

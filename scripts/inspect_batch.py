@@ -12,8 +12,8 @@ import numpy as np
 
 from gvl_jax.config import Sft
 from gvl_jax.data.loader import SampleRejected, steps
-from gvl_jax.data.packing import Layout, pack
-from gvl_jax.data.records import load_records
+from gvl_jax.data.packing import Layout, pack, tail_rows
+from gvl_jax.data.prepared import load_samples
 from gvl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gvl_jax.guard.prompt import instruction_ids
 from gvl_jax.models.qwen_vl.hub import load_config, resolve
@@ -38,15 +38,18 @@ def report(config: Sft, number: int) -> str:
     """Row `number` of the first step, counted through its micro-batches. Raises ValueError if there is none."""
     source = resolve(config.model)
     tokenizer = load_tokenizer(source)
-    samples = [sample for path in config.train for sample in load_records(path)][: config.limit]
+    samples = load_samples(config.train, config.limit)
+    mixture = list(zip(samples.parts, config.train_weights, strict=False))
     learned = functools.partial(build, config, tokenizer)
-    built = next(steps(samples, learned, per_step=config.global_batch, epochs=config.epochs, seed=config.seed))
+    built = next(steps(samples, learned, per_step=config.global_batch, epochs=config.epochs, seed=config.seed,
+                       mixture=mixture))  # fmt: skip
     examples = [one for one in built if isinstance(one, Example)]
     rejected = [one for one in built if isinstance(one, SampleRejected)]
     shared = tuple(instruction_ids(tokenizer))
     layout = Layout(tokenizer.image_pad, config.buckets.patches, load_config(source).vision.window_size, shared)
-    batches = pack(examples, rows=config.rows, length=config.max_length - len(shared), layout=layout)
-    used = [(batch, row) for batch in batches for row in range(config.rows) if batch.segments[row].any()]
+    length, tail = config.max_length - len(shared), tail_rows(config.rows)
+    batches = pack(examples, rows=config.rows, length=length, layout=layout, tail=tail)
+    used = [(batch, row) for batch in batches for row in range(len(batch.tokens)) if batch.segments[row].any()]
     if not 0 <= number < len(used):
         raise ValueError(f"row {number}: the first step has {len(used)} rows, from 0; rejected: {rejected[:1]}")
     batch, row = used[number]
@@ -66,13 +69,14 @@ def report(config: Sft, number: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    path = argv.pop(0) if argv and not argv[0].startswith("-") else None  # argparse would take the value of a flag
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("config", nargs="?")
     parser.add_argument("--records", nargs="+", default=[])
     parser.add_argument("--row", type=int, default=0)
     args, flags = parser.parse_known_args(argv)
     try:
-        config = load(Sft, args.config, [*flags, *(["--train", *args.records] if args.records else [])])
+        config = load(Sft, path, [*flags, *(["--train", *args.records] if args.records else [])])
         if not (config.model and config.train):
             parser.error("give CFG, or --model and --records")
         print(report(config, args.row))

@@ -2,7 +2,7 @@
 again.
 
     python scripts/sizing.py --results runs/sizing > tpu/sizing.md
-    python scripts/sizing.py --results runs/sizing --rows 3b/sft/v5e-16 7b/rollout/v6e-8 > tpu/sizing.md
+    python scripts/sizing.py --results runs/sizing --rows 3b/sft/v5e-16 7b/rl/v6e-8 > tpu/sizing.md
 """
 
 import argparse
@@ -11,52 +11,45 @@ import subprocess
 import sys
 from pathlib import Path
 
-SLICES = {  # Cloud's name → topology, chips, rows of SFT and prompts of RL on each chip
-    "v5e-16": ("v5e:4x4", 16, 1, 1),
-    "v6e-8": ("v6e:2x4", 8, 2, 1),
-    "v6e-64": ("v6e:8x8", 64, 2, 1),
-    "v5p-16": ("v5p:2x2x2", 8, 8, 1),
-    "v5p-128": ("v5p:4x4x4", 64, 8, 1),
-    "v5p-512": ("v5p:4x8x8", 256, 8, 1),
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tpu"))
+from slices import SLICES  # noqa: E402
+
+NAMES = ("v5e-16", "v6e-8", "v6e-64", "v5p-16", "v5p-128", "v5p-512")
+# What a chip has room for, where the config does not say it: rows of 2,048 tokens hold 8,192 patches each, a prompt of
+# RL with 16 completions 12,288. `prompts` counts for rollout and update alike.
+FLAGS = {
+    "sft": {"v5e": "--rows 1 --buckets.patches 4096 8192", "v6e": "--rows 2 --buckets.patches 4096 16384", "v5p": ""},
+    "rl": {"v5e": "", "v6e": "", "v5p": "--prompts 4 --buckets.patches 4096 16384 49152"},
 }
-STAGES = {"sft": ("accumulate", "update"), "rl update": ("accumulate", "update"), "rollout": ("prefill", "decode")}
-ROWS = [f"{size}/{stage}/{name}" for size in ("3b", "7b") for stage in STAGES for name in SLICES]
+ROWS = [f"{size}/{stage}/{name}" for size in ("3b", "7b") for stage in FLAGS for name in NAMES]
 
 HEAD = """\
 # What fits where
 
 Made by `python scripts/sizing.py --results runs/sizing > tpu/sizing.md`; nothing in it was run on a TPU. Each row is a
-`gvl plan` of the config of 3B or 7B: the real functions of the stage, for the largest micro-batch that its buckets
-allow, through the compiler for that slice. Peak: of the program that needs most, with what is alive beside it, on each
-chip, against what a program may use. `buckets.patches` holds the pictures that rows of so many tokens can hold: four
-patches make a token. Rollout: `prompts` decoded together, 16 completions of each at a time.
+`gvl plan` of `configs/3b` or `configs/7b` with the flags shown: all functions of the stage, for the largest micro-batch
+that its buckets allow, through the compiler for that slice. Peak: of the program that needs most, with what is alive
+beside it, on each chip, against what a program may use.
 
-| model | stage | slice | mesh | rows or prompts a chip | peak GiB | fits | compiled in |
-|---|---|---|---|---|---|---|---|
+| stage | slice | flags | mesh | peak GiB | fits | compiled in |
+|---|---|---|---|---|---|---|
 """
 
 
-def command(row: str) -> list[str]:
-    """The flags of `gvl plan` for a row, without those of its output."""
-    size, stage, name = row.split("/")
-    topology, chips, rows, prompts = SLICES[name]
-    kind = "sft" if stage == "sft" else "rl"
-    flags = [f"configs/{size}/{kind}.yaml", "--topology", topology, "--mesh.fsdp", str(min(16, chips))]
-    if kind == "sft":
-        return [*flags, "--rows", str(rows), "--buckets.patches", str(8192 * rows)]
-    if stage == "rollout":
-        prompts = 16 if name.startswith("v5p") else 4
-    flags += ["--prompts", str(prompts), "--buckets.patches", str(12288 * max(1, prompts // 8))]
-    return [*flags, "--buckets.completion", "1024", "3072"]
+def flags(row: str) -> str:
+    """What `gvl sft` and `gvl rl` need on the slice beside the config file."""
+    _, stage, name = row.split("/")
+    return f"--mesh.fsdp {min(16, SLICES[name].chips)} {FLAGS[stage][name.split('-')[0]]}".strip()
 
 
 def planned(row: str, results: Path) -> dict | None:
     """Compile what is not there. → the plan, None if it could not be made."""
-    path = results / f"{row.replace('/', '_').replace(' ', '_')}.json"
+    path = results / f"{row.replace('/', '_')}.json"
     if not path.exists():
-        only = STAGES[row.split("/")[1]]
-        call = [sys.executable, "-m", "gvl_jax.cli", "plan", *command(row), "--json", str(path), "--only", *only]
-        subprocess.run(call, stdout=sys.stderr, check=False)
+        size, stage, name = row.split("/")
+        topology = f"{name.split('-')[0]}:{SLICES[name].topology}"
+        call = [sys.executable, "-m", "gvl_jax.cli", "plan", f"configs/{size}/{stage}.yaml", "--topology", topology]
+        subprocess.run([*call, *flags(row).split(), "--json", str(path)], stdout=sys.stderr, check=False)
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -66,10 +59,9 @@ def cells(row: str, plan: dict) -> list[str]:
     wrong = [one for one in plan["programs"] if one["problem"]]
     verdict = "; ".join(f"{one['name'].split()[0]}: {one['problem']}. {' or '.join(one['advice'])}" for one in wrong)
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
-    rows = command(row)[command(row).index("--rows" if stage == "sft" else "--prompts") + 1]
-    peak = f"{most['peak'] / 2**30:.1f} of {most['limit'] / 2**30:.2f}"
+    peak = f"{most['peak'] / 2**30:.1f} of {most['limit'] / 2**30:.2f}, {most['name'].split()[0]}"
     seconds = f"{sum(one['compile_seconds'] for one in plan['programs']):.0f} s"
-    return [size.upper(), stage, name, mesh, rows, peak, verdict or "yes", seconds]
+    return [f"{size} {stage}", name, f"`{flags(row)}`", mesh, peak, verdict or "yes", seconds]
 
 
 def main() -> int:
@@ -81,7 +73,7 @@ def main() -> int:
     wanted = ROWS if options.rows is None else options.rows
     lines, missing = [], []
     for row in ROWS:
-        path = options.results / f"{row.replace('/', '_').replace(' ', '_')}.json"
+        path = options.results / f"{row.replace('/', '_')}.json"
         plan = planned(row, options.results) if row in wanted or path.exists() else None
         if plan is None:
             missing.append(row)

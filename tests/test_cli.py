@@ -1,7 +1,9 @@
 """The command as people mistype it: one clear line, the right exit code, nothing written."""
 
 import shutil
+import sys
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from tiny_models import write_checkpoint
 
 from gvl_jax.cli import VERBS, main
 from gvl_jax.config import Sft
+from gvl_jax.run_folder import Stopped
 from gvl_jax.settings import dump, load
 
 
@@ -130,6 +133,35 @@ def test_a_mistake_that_was_corrected_does_not_block_the_output(work, capsys):
     assert gvl(*SFT.format(m="./nowhere", t="good.jsonl").split()) == 1
     assert gvl(*GOOD.split()) == 1
     assert "holds a run" not in capsys.readouterr().err
+
+
+PEER = "INTERNAL: Connection closed by peer [10.0.0.2]:34567"
+AGAIN = {
+    "stopped": (Stopped("saved after step 3 of 9"), 4, 75),
+    "another process has gone": (jax.errors.JaxRuntimeError(PEER), 4, 76),
+    "there is no other process": (jax.errors.JaxRuntimeError(PEER), 1, 1),
+    "out of memory": (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 4, 1),
+    "an error of ours": (ValueError("step 0: all prompts were rejected"), 4, 1),
+}
+
+
+@pytest.mark.parametrize("error, processes, code", AGAIN.values(), ids=AGAIN)
+def test_launchers_are_told_to_start_again_what_may_go_better(error, processes, code, monkeypatch, capsys):
+    def stage(args):
+        raise error
+
+    monkeypatch.setitem(VERBS, "sft", stage)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    assert gvl("sft") == code
+    said = capsys.readouterr().err
+    assert str(error) in said and ("the same command goes on from there" in said) == (code > 1)
+
+
+def test_an_error_is_told_although_jax_is_broken(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jax", None)  # importing it is an ImportError
+    monkeypatch.delitem(sys.modules, "gvl_jax.run_folder")
+    assert gvl("report", "nowhere") == 1
+    assert capsys.readouterr().err.startswith("gvl report: nowhere holds no run")
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "convert to-hf", "data embedded"])

@@ -15,6 +15,8 @@ from tiny_models import write_checkpoint
 
 from gvl_jax import doctor, machine
 from gvl_jax.cli import main
+from gvl_jax.data.corpora import open_corpus
+from gvl_jax.data.prepared import prepare
 from gvl_jax.doctor import Check
 
 GB = 10**9
@@ -266,16 +268,22 @@ def fake_host(folder: Path, groups: str, limits: dict[str, str]) -> tuple[int, f
         ("0::/\n", {"memory.max": "max\n"}, float("inf")),
         ("0::/job/step\n", {"memory.max": "max\n", "job/memory.max": "5000\n", "job/step/memory.max": "max\n"}, 5000),
         ("4:memory:/docker/a\n3:cpu:/b\n0::/\n", {"memory/memory.limit_in_bytes": "7000\n"}, 7000),
+        ("0::/job\n", {"job/memory.max": "9000\n", "job/memory.stat": "anon 8000\nfile 500\n"}, 1000),
+        (
+            "4:memory:/\n",
+            {"memory/memory.limit_in_bytes": "9000", "memory/memory.stat": "rss 1\ntotal_rss 2000\n"},
+            7000,
+        ),
     ],
 )
-def test_memory_is_what_is_free_and_what_the_cgroups_allow(groups, limits, limit, tmp_path):
+def test_memory_is_what_is_free_and_what_the_cgroups_leave(groups, limits, limit, tmp_path):
     assert fake_host(tmp_path, groups, limits) == (2_000_000 * 1024, limit)
 
 
 def test_a_small_host_is_warned_of():
     assert doctor.check_memory(64 * GB, float("inf")) == Check("host memory", "ok", "64.0 GB free")
     check = doctor.check_memory(64 * GB, 4 * GB)
-    assert check.status == "warning" and "the cgroup allows 4.0 GB" in check.found and check.fix.startswith("ps ")
+    assert check.status == "warning" and "the cgroup leaves 4.0 GB" in check.found and check.fix.startswith("ps ")
 
 
 def test_a_folder_needs_room_and_leave_to_write(tmp_path, monkeypatch):
@@ -360,6 +368,17 @@ def test_data_that_is_not_there_is_found(tmp_path):
 def test_good_data_is_counted(data):
     data.write_text('{"request": "Hi", "images": ["a.png", "a.png"]}\n{"request": "Hi"}')
     assert doctor.check_data(data) == Check("data", "ok", "2 records; the 2 pictures of the first 100 open")
+
+
+def test_a_prepared_data_set_is_looked_into(data):
+    data.write_text('{"id": "a", "request": "Hi", "images": ["a.png"]}\n{"id": "b", "request": "Hi"}\n')
+    folder = data.parent / "prepared"
+    prepare(open_corpus("jsonl", str(data)), folder)
+    assert doctor.check_data(folder) == Check("data", "ok", "2 records; the 1 pictures of the first 100 open")
+    (shard,) = folder.glob("*.array_record*")
+    shard.write_bytes(b"")
+    check = doctor.check_data(folder)
+    assert (check.status, check.fix) == ("problem", f"gvl data verify {folder}")
 
 
 def test_a_whole_model_says_what_training_it_takes(model):

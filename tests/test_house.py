@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gvl_jax.cli import main
-from gvl_jax.config import Eval, Mine, Rl, Sft, Synthesize
+from gvl_jax.config import Eval, Mine, Moderate, Rl, Serve, Sft, Synthesize
 from gvl_jax.settings import keys_of, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +153,7 @@ def test_every_setting_is_read():
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    settings = {key.split(".")[-1] for stage in STAGE_OF_FILE.values() for key in keys_of(stage)}
+    settings = {key.split(".")[-1] for stage in (*STAGE_OF_FILE.values(), Moderate, Serve) for key in keys_of(stage)}
     assert settings <= read
 
 
@@ -196,7 +196,12 @@ def test_every_command_of_the_readme_exists():
         assert all((ROOT / word).is_file() for word in words if word.startswith("configs/")), words
 
 
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+def test_every_module_has_its_place_in_the_architecture():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert not [name for path, name in zip(FILES, NAMES, strict=True) if path.stem != "__init__" and name not in page]
+
+
+PAGES = [path for pages in ("*.md", "docs/**/*.md", "tpu/*.md") for path in sorted(ROOT.glob(pages))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

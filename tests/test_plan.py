@@ -184,6 +184,17 @@ def test_a_topology_is_checked_before_anything_is_compiled(monkeypatch):
         plan.topology_devices("v5e:2x2")
 
 
+def test_a_program_that_is_not_there_is_no_plan_that_fits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "topology_devices", lambda topology: jax.devices())
+    file = tmp_path / "sft.yaml"
+    file.write_text("model: some-3B\n")
+    with pytest.raises(ConfigError, match="--only acumulate: .* expected some of accumulate, update"):
+        plan.main([str(file), "--topology", "v5e:2x4", "--only", "acumulate"])
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--topology", "v5e:2x4", "--mesh.fsdp", "8", str(file)])
+    assert "CFG, the config file, comes first" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------- with the compiler for TPUs
 
 COMPILED = {

@@ -4,7 +4,7 @@ No real client is started, but for its --help or its schema, where it is install
 """
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 import pty
@@ -190,7 +190,7 @@ def test_a_dry_run_of_up_prints_every_command_and_runs_none(world, name, monkeyp
     assert f"--accelerator-type={size.accelerator}" in create and "--spot" in create
     assert f"--runtime-version={size.generation.runtime}" in create
     assert sum("--worker=all" in words for words in commands) == 3  # copy, install, run
-    assert sum(any("live/log" in word for word in words) and "scp" in words for words in commands) == size.hosts
+    assert sum(any("gvl/runs" in word for word in words) and "scp" in words for words in commands) == size.hosts
     assert commands[-1][4:6] == ["delete", "gvl"]
 
 
@@ -242,13 +242,15 @@ def test_a_terminal_is_asked(world, answer, code, created):
         ([*QUEUED, "--", "sft", "c.yaml", "--checkpoints", "gs://b/x"], "--output /gcs/"),
         ([*QUEUED, "--", "sft", "c.yaml", "--output", "/gcs/x"], "--checkpoints gs://"),
         ([*QUEUED, "--", "rl", "c.yaml", "--output", "/gcs/x", "--checkpoints=/tmp/x"], "--checkpoints gs://"),
+        ([*QUEUED, "--", "moderate", "m", "--output", "/gcs/x"], "every host would judge every row"),
+        ([*QUEUED, "--type", "v6e-8", "--", "moderate", "m"], "--output /gcs/"),
         ([*QUEUED[:-2], *SFT], "--bucket"),
         ([*QUEUED], "gvl command"),
         ([*QUEUED, "--name", "a;b", *SFT], "a;b"),
         ([*QUEUED, "--bucket", "gs://b", *SFT], "gs://b"),
     ],
 )
-def test_results_on_a_disk_that_dies_with_the_node_are_refused(world, words, message):
+def test_what_would_be_lost_with_the_node_or_done_by_every_host_is_refused(world, words, message):
     done = launch(world, "queued.py", "up", "--yes", *words)
     assert done.returncode == 2 and message in done.stderr and not (world / "calls").exists()
 
@@ -265,10 +267,23 @@ def test_results_on_a_disk_that_dies_with_the_node_are_refused(world, words, mes
         (["preempted", "0"], ["hang", "0"], 0, 2, 2),
         (["1"], ["1"], 1, 1, 1),
         (["134"], ["1"], 1, 1, 1),  # an error on one host, which took the other one with it: it would come again
+        (["1"], ["76"], 1, 1, 1),
         (["2"], ["2"], 2, 1, 1),
         (["75"] * 3, ["75"] * 3, 75, 3, 1),
+        (["137"] * 3, ["76"] * 3, 75, 3, 1),
     ],
-    ids=["done", "75", "killed", "preempted", "error", "error on one host", "usage", "75 for ever"],
+    ids=[
+        "done",
+        "75",
+        "killed",
+        "preempted",
+        "error",
+        "error on one host",
+        "76 beside it",
+        "usage",
+        "75 for ever",
+        "lost for ever",
+    ],
 )
 def test_what_is_started_again(world, first, second, code, starts, creates):
     plan(world, first, second)
@@ -283,7 +298,7 @@ def test_what_is_started_again(world, first, second, code, starts, creates):
     if code in (1, 2):
         assert "not started again" in done.stderr
     if code == 75:
-        assert "more than 2 restarts within an hour" in done.stderr
+        assert "more than 2 restarts, giving up" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -354,10 +369,11 @@ def test_keep_keeps_it(world):
     assert done.returncode == 0 and times(world, "delete") == 0 and "kept, and billed until" in done.stderr
 
 
-def test_too_often_looks_at_the_last_hour(monkeypatch):
+@pytest.mark.parametrize("own", [False, True])
+def test_stops_and_preemptions_count_for_an_hour_and_what_gvl_did_itself_for_good(own, monkeypatch):
     too_often = module("queued", monkeypatch).too_often
-    assert not too_often([0.0, 10.0], 2) and too_often([0.0, 10.0, 3599.0], 2)
-    assert not too_often([0.0, 10.0, 3600.0], 2)
+    assert not too_often([(0.0, own), (10.0, own)], 2) and too_often([(0.0, own), (10.0, own), (3599.0, own)], 2)
+    assert too_often([(0.0, own), (4000.0, own), (8000.0, own)], 2) == own
 
 
 HOSTILE = """it's "one" $(touch pwned) `touch pwned`; touch pwned & *  $HOME.yaml"""
@@ -443,7 +459,7 @@ def test_the_manifest_fits_the_schema_and_the_slice(name, capacity, monkeypatch)
     assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
 
-def test_75_restarts_the_set_for_ever_and_nothing_else_does():
+def test_75_restarts_the_set_for_ever_and_76_or_an_error_does_not():
     tree = manifest("--type", "v5p-16", "--max-restarts", "3", *SFT)
     job = tree["spec"]["replicatedJobs"][0]["template"]["spec"]
     codes = [rule["onExitCodes"]["values"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
@@ -486,7 +502,7 @@ def xpk(*words):
 def test_xpk_runs_the_same_command_with_the_same_rules():
     words = xpk("--zone", "z", "--project", "p", "--", "sft", HOSTILE, *SFT[3:])
     assert words[:3] == ["xpk", "workload", "create"] and "--tpu-type=v5litepod-16" in words
-    assert "--restart-on-exit-codes=75" in words
+    assert "--restart-on-exit-codes=75,76" in words
     command = next(word.removeprefix("--command=") for word in words if word.startswith("--command="))
     assert shlex.split(command) == ["exec", "env", "GVL_DISTRIBUTED=1", "gvl", "sft", HOSTILE, *SFT[3:]]
 
@@ -572,24 +588,45 @@ def test_the_image_copies_what_is_there_and_does_not_run_as_root():
     assert [words[1] for words in lines if words[0] == "USER"] == ["gvl"]
 
 
-def test_the_readme_shows_what_the_launchers_print(monkeypatch):
-    """Every `$ python tpu/…` of the README is run with --dry-run; where it has the flag, its output is what follows."""
-    readme = (TPU / "README.md").read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"^```console\n(.*?)^```", readme, re.MULTILINE | re.DOTALL))
-    shown = 0
+README = (TPU / "README.md").read_text(encoding="utf-8")
+
+
+def sessions():
+    """Every `$ command` of the README, and what follows it."""
+    blocks = "".join(re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
     for session in re.split(r"^\$ ", blocks, flags=re.MULTILINE):
         command, output = re.fullmatch(r"((?:.*\\\n)*.*)\n?((?:.*\n)*)", session).groups()
-        words = shlex.split(command.replace("\\\n", " "))
+        yield shlex.split(command.replace("\\\n", " ")), output
+
+
+def test_the_readme_shows_what_the_launchers_print(monkeypatch):
+    """Every `$ python tpu/…` of the README is run with --dry-run; where it has the flag, its output is what follows."""
+    shown = 0
+    for words, output in sessions():
         if words[1:2] and words[1].startswith("tpu/"):
             assert all((ROOT / word).is_file() for word in words if word.startswith("configs/")), words
             flags = [] if "--dry-run" in words else ["--dry-run"]
             printed = dry(words[1].removeprefix("tpu/"), *flags, *words[2:])
             if not flags:
                 shown += 1
-                assert output == printed.replace(str(ROOT), "/home/me/gvl_jax"), command
+                assert output == printed.replace(str(ROOT), "/home/me/gvl_jax"), words
     assert shown >= 3
     for size in module("slices", monkeypatch).SLICES.values():
-        assert f"| {size.name} | {size.chips} | {size.hosts} | {size.topology} | `{size.accelerator}` |" in readme
+        assert f"| {size.name} | {size.chips} | {size.hosts} | {size.topology} | `{size.accelerator}` |" in README
+
+
+def test_what_the_readme_runs_is_what_sizing_plans():
+    spec = importlib.util.spec_from_file_location("sizing", ROOT / "scripts" / "sizing.py")
+    sizing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sizing)
+    planned = set()
+    for words, _ in sessions():
+        if found := re.search(r"--type (\S+) .*-- (sft|rl) configs/3b/", " ".join(words)):
+            planned.add(row := f"3b/{found[2]}/{found[1]}")
+            assert sizing.flags(row) in " ".join(words), words
+    assert {"3b/sft/v6e-8", "3b/rl/v6e-8"} <= planned <= set(sizing.ROWS)
+    for stage in ("sft", "rl"):
+        assert f"configs/3b/{stage}.yaml --topology v6e:2x4 {sizing.flags(f'3b/{stage}/v6e-8')}\n" in README
 
 
 def until(condition):

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import yaml
-from launch import AGAIN, MOUNT, confirm, describe, environment, parse, parser
+from launch import AGAIN, LOST, MOUNT, confirm, describe, environment, parse, parser
 from slices import SLICES
 
 GRACE_SECONDS = 300  # from SIGTERM to SIGKILL, to save a checkpoint; a preempted spot node gives far less
@@ -85,7 +85,7 @@ def xpk_command(o) -> list[str]:
     return [
         "xpk", "workload", "create", f"--workload={o.name}", f"--cluster={o.cluster}", f"--docker-image={o.image}",
         f"--tpu-type={SLICES[o.type].accelerator}", f"--command={shlex.join(command)}",
-        f"--max-restarts={o.max_restarts}", f"--restart-on-exit-codes={AGAIN}",
+        f"--max-restarts={o.max_restarts}", f"--restart-on-exit-codes={AGAIN},{LOST}",
         f"--termination-grace-period-seconds={GRACE_SECONDS}",
         *([f"--storage={o.bucket}"] if o.bucket else []),  # attached to the cluster before, under the bucket's name
         *([f"--zone={o.zone}"] if o.zone else []), *([f"--project={o.project}"] if o.project else []),

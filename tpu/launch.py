@@ -9,8 +9,10 @@ from slices import SLICES
 
 ROOT = Path(__file__).resolve().parent.parent
 MOUNT = "/gcs"  # where every launcher shows the bucket as a folder, on all hosts
-AGAIN = 75  # exit code of `gvl`: stopped and saved, start the same command again
-STAGES = ("sft", "mine", "rl", "eval")
+# Exit codes of `gvl`:
+AGAIN = 75  # stopped and saved, start the same command again
+LOST = 76  # another host has gone, maybe through an error that comes again: start again, but only so often
+STAGES = ("sft", "mine", "rl", "eval", "moderate")
 
 # Flags of libtpu that every launcher sets, each with its reason. None: the flags that are recommended most (async
 # collective fusion, also of all-gathers and over several steps; async all-gather; overlap of collectives with the
@@ -49,12 +51,15 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     """The options, with `gvl` = the words after `--`.
 
     Raises:
-        SystemExit: 2, a wrong option, or a stage that would write where everything is lost with the node.
+        SystemExit: 2, a wrong option, or a stage that would write where everything is lost with the node, or that every
+            host would do whole.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.gvl = argv[cut + 1 :]
     if options.gvl and options.gvl[0] in STAGES:
+        if options.gvl[0] == "moderate" and options.type and SLICES[options.type].hosts > 1:
+            parser.error(f"every host would judge every row; give moderate a slice of one host, not {options.type}")
         if not _value(options.gvl, "--output").startswith(f"{MOUNT}/") or not options.bucket:
             parser.error(f"results on the node's own disk are lost with it; give --bucket NAME and --output {MOUNT}/…")
         if options.gvl[0] in ("sft", "rl") and not _value(options.gvl, "--checkpoints").startswith("gs://"):

@@ -6,7 +6,7 @@ up       create, wait, install, run, logs, and delete at the end, whatever happe
 create   ask for the slice                 wait     until it is there
 install  the committed repository, or --git, on all hosts
 run      the gvl command on all hosts; start it again when it was stopped or the node was preempted
-logs     copy every host's log here        delete   the slice; this is what ends billing
+logs     copy every host's logs here       delete   the slice; this is what ends billing
 
 Exit codes: 0 done · 1 failed · 2 wrong usage, or not confirmed · 75 restarted too often · 130 interrupted; else gvl's.
 """
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 
-from launch import AGAIN, MOUNT, ROOT, confirm, describe, environment, parse, parser
+from launch import AGAIN, LOST, MOUNT, ROOT, confirm, describe, environment, parse, parser
 from slices import SLICES
 
 VERBS = ("up", "create", "wait", "install", "run", "logs", "delete")
@@ -128,11 +128,10 @@ def run_command(o: argparse.Namespace, attempt: str) -> list[str]:
 
 
 def logs_commands(o: argparse.Namespace) -> list[list[str]]:
-    copies = [["mkdir", "-p", f"runs/logs/{o.name}"]]
-    for host in range(SLICES[o.type].hosts):  # gcloud copies back from one host at a time
-        source, target = f"{o.name}:gvl/live/log", f"runs/logs/{o.name}/{host}.log"
-        copies += [gcloud(o, "compute", "tpus", "tpu-vm", "scp", source, target, f"--worker={host}")]
-    return copies
+    folders = [f"runs/logs/{o.name}/{host}" for host in range(SLICES[o.type].hosts)]
+    scp = ("compute", "tpus", "tpu-vm", "scp", "--recurse", f"{o.name}:gvl/runs")  # all attempts, from one host a time
+    copies = [gcloud(o, *scp, folder, f"--worker={host}") for host, folder in enumerate(folders)]
+    return [["mkdir", "-p", *folders], *copies]
 
 
 def delete_command(o: argparse.Namespace) -> list[str]:
@@ -239,9 +238,11 @@ def attach(o: argparse.Namespace, attempt: str) -> dict[str, int]:
     return codes
 
 
-def too_often(restarts: list[float], limit: int) -> bool:
-    """Whether more than `limit` of these times, in seconds, lie within the hour that ends with the last one."""
-    return sum(restarts[-1] - then < 3600 for then in restarts) > limit
+def too_often(restarts: list[tuple[float, bool]], limit: int) -> bool:
+    """restarts: when, in seconds, and whether gvl had ended by itself. → more than `limit` lie within the hour that
+    ends with the last one, or more than `limit` of those that gvl is to blame for in all: they may come every hour."""
+    last = restarts[-1][0]
+    return sum(last - then < 3600 for then, _ in restarts) > limit or sum(own for _, own in restarts) > limit
 
 
 def run(o: argparse.Namespace) -> int:
@@ -257,15 +258,16 @@ def run(o: argparse.Namespace) -> int:
         while state(state_commands(o)[0]) == "UNKNOWN":  # offline; the job runs on without us
             time.sleep(o.poll)
         lost = gone(o)
-        # 75, or only signals (a host that is killed takes the others with it): again. An error would come again.
-        failed = [code for code in told if 0 < code < 128]
-        if failed and AGAIN not in failed and not lost:
+        # 75, 76 and signals (a host that is killed takes the others with it): again. An error would come again,
+        # whatever the hosts say that it took with it.
+        failed = [code for code in told if 0 < code < 128 and code not in (AGAIN, LOST)]
+        if failed and not lost:
             say(f"gvl failed: exit codes {told}; not started again")
             return failed[0]
         why = "the node was preempted" if lost else f"exit codes {told}" if all_told else "the connection was lost"
-        restarts.append(time.monotonic())
+        restarts.append((time.monotonic(), all_told and not lost and told != [AGAIN]))
         if too_often(restarts, o.max_restarts):
-            say(f"{why}; more than {o.max_restarts} restarts within an hour, giving up")
+            say(f"{why}; more than {o.max_restarts} restarts, giving up")
             return AGAIN
         say(f"{why}; restart {len(restarts)}")
         if lost:
