@@ -208,7 +208,8 @@ class Rl:
     group_size: int = 16
     prompts_per_step: int = 512  # prompts of a rollout batch
     prompts_per_update: int = 256  # as released: 128
-    prompts: int = 32  # prompts decoded, scored or trained together, on each of the data x fsdp parts of the devices
+    prompts: int = 4  # prompts decoded together, on each of the data x fsdp parts of the devices
+    rows: int = 1  # prompts with their groups that are scored or trained together, on each of those parts
     slots: int | None = None  # completions of a prompt decoded at a time, the others follow; null: the whole group
     epochs: int = 1
     limit: int | None = None
@@ -228,8 +229,8 @@ class Rl:
     optim: Optim = field(default_factory=lambda: Optim(peak_lr=1e-6, schedule="constant", weight_decay=1e-2))
 
     def __post_init__(self) -> None:
-        _positive(self, "max_length", "prompts_per_step", "prompts_per_update", "prompts", "slots", "epochs", "limit")
-        _positive(self, "save_every", "keep", "workers")
+        _positive(self, "max_length", "prompts_per_step", "prompts_per_update", "prompts", "rows", "slots", "epochs")
+        _positive(self, "limit", "save_every", "keep", "workers")
         _require(0 <= self.mixed_share < 1, f"mixed_share is {self.mixed_share}, expected at least 0 and below 1")
         _require(0 < self.beta <= 1, f"beta is {self.beta}, expected above 0 and at most 1: it caps l_norm; 1 = no cap")
         _require(0 < self.epsilon < 1, f"epsilon is {self.epsilon}, expected above 0 and below 1, such as 0.2")
@@ -245,9 +246,9 @@ class Rl:
             "every update of a rollout batch takes as many prompts",
         )
         _require(
-            self.prompts_per_update % self.prompts == 0,
-            f"prompts_per_update {self.prompts_per_update} is no multiple of prompts {self.prompts}; "
-            "lower prompts, the number that is computed at once",
+            self.prompts_per_update % self.rows == 0,
+            f"prompts_per_update {self.prompts_per_update} is no multiple of rows {self.rows}; "
+            "lower rows, the number that is computed at once",
         )
 
 

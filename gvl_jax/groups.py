@@ -73,7 +73,7 @@ def micro_batches(config: Rl, sampler: Sampler, models: list[dict], groups: list
     temperature, banned = np.float32(config.sampling.temperature), sampler.vocabulary.banned
     scored = []
     for number, (indices, batch) in enumerate(
-        batch_prompts(prompts, rows=config.prompts, lengths=config.buckets.prompt, layout=sampler.layout)
+        batch_prompts(prompts, rows=config.rows, lengths=config.buckets.prompt, layout=sampler.layout)
     ):
         members = [useful[i] for i in indices]
         longest = max(int(group.lengths.max()) for group in members)
@@ -103,7 +103,7 @@ def completion_bucket(config: Rl, longest: int) -> int:
 
 def completions(config: Rl, length: int, first: bool = False) -> Completions:
     """Room for the completions of a micro-batch; first: see `micro_batches`."""
-    shape = (config.prompts, config.group_size, length)
+    shape = (config.rows, config.group_size, length)
     return Completions(
         np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape[:2], np.float32), np.zeros(shape, np.float32),
         np.zeros(shape, np.float32), np.asarray(first),

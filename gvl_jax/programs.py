@@ -201,7 +201,7 @@ def rl_programs(stage: Stage) -> list[Program]:
     config, model, mesh = stage.config, stage.model, stage.mesh
     assert isinstance(config, Rl)
     copy, S, J, pictures, training = sampling_shapes(stage)
-    B, R, shared = config.prompts, config.group_size, len(stage.layout.shared)
+    B, R, shared = config.rows, config.group_size, len(stage.layout.shared)
     own, V = B * R * J, model.text.vocab_size
     forward = cost.groups(model, B, S, pictures, shared, R, J)
     work = cost.train(model, forward, own, remat=config.remat == "layers")
@@ -212,7 +212,7 @@ def rl_programs(stage: Stage) -> list[Program]:
         args: tuple = (copy, local(batch), local(done.tokens), heat, banned, local(done.mask))
         programs.append(Program(
             f"score {B} x {R} x {J} tokens", score, args, {"config": model}, training,
-            stage.per_chip(forward.flops + cost.head_flops(model.text, own)), bytes_of(copy), "prompts",
+            stage.per_chip(forward.flops + cost.head_flops(model.text, own)), bytes_of(copy), "rows",
         ))  # fmt: skip
     number, banned = everywhere(mesh, np.float32(0)), everywhere(mesh, np.zeros(V, bool))
     args = (
@@ -222,6 +222,6 @@ def rl_programs(stage: Stage) -> list[Program]:
     static = {"model_config": model, "remat": config.remat, "mean": config.loss_mean, "mesh": mesh}
     programs.append(Program(
         f"accumulate {B} x {R} x {J} tokens", rl.accumulate, args, static, bytes_of(stage.opt_state),
-        stage.per_chip(work.flops), stage.reads, "prompts", stage.trained,
+        stage.per_chip(work.flops), stage.reads, "rows", stage.trained,
     ))  # fmt: skip
     return [*programs, update_program(stage)]

@@ -267,7 +267,7 @@ def looked_at(config: Rl, sampler: Sampler, models: list[dict], prompts: dict) -
     seen = dict(prompts)
     with_pictures = [index for index, (_, prompt) in prompts.items() if len(prompt.grids)]
     examples, lengths = [prompts[index][1] for index in with_pictures], config.buckets.prompt
-    batches = batch_prompts(examples, rows=config.prompts, lengths=lengths, layout=sampler.layout)
+    batches = batch_prompts(examples, rows=config.rows, lengths=lengths, layout=sampler.layout)
     for number, (places, batch) in enumerate(batches):
         params = models[number % len(models)]
         merged = np.asarray(look(params, batch.vision, model_config=sampler.model_config))

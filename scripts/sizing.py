@@ -16,10 +16,10 @@ from slices import SLICES  # noqa: E402
 
 NAMES = ("v5e-16", "v6e-8", "v6e-64", "v5p-16", "v5p-128", "v5p-512")
 # What a chip has room for, where the config does not say it: rows of 2,048 tokens hold 8,192 patches each, a prompt of
-# RL with 16 completions 12,288. `prompts` counts for rollout and update alike.
+# RL with 16 completions 12,288.
 FLAGS = {
     "sft": {"v5e": "--rows 1 --buckets.patches 4096 8192", "v6e": "--rows 2 --buckets.patches 4096 16384", "v5p": ""},
-    "rl": {"v5e": "", "v6e": "", "v5p": "--prompts 4 --buckets.patches 4096 16384 49152"},
+    "rl": {"v5e": "", "v6e": "", "v5p": "--rows 4 --buckets.patches 4096 16384 49152"},
 }
 ROWS = [f"{size}/{stage}/{name}" for size in ("3b", "7b") for stage in FLAGS for name in NAMES]
 

@@ -142,7 +142,7 @@ def test_contradictory_settings_name_the_file(here):
         (Rl, {"group_size": 1}, "group_size is 1, expected at least 2"),
         (Rl, {"sampling": Sampling(temperature=0.0)}, "sampling.temperature is 0"),
         (Rl, {"prompts_per_step": 500}, "prompts_per_step 500 is no multiple of prompts_per_update 256"),
-        (Rl, {"prompts": 100}, "prompts_per_update 256 is no multiple of prompts 100"),
+        (Rl, {"rows": 100}, "prompts_per_update 256 is no multiple of rows 100"),
         (Rl, {"prompts": 0}, "prompts is 0, expected at least 1"),
         (Rl, {"mixed_share": 1.0}, "mixed_share is 1.0"),
         (Rl, {"epsilon": 0.0}, "epsilon is 0.0"),

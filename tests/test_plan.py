@@ -133,8 +133,8 @@ def test_advice_names_flags_with_values_that_fit():
 
 
 def test_advice_takes_divisors_of_the_prompts_of_an_update():
-    said = plan.advice(Rl(prompts=32), short_of(2, 40), "prompts", 4, (2048, 1280))
-    assert said[0].startswith("--prompts 8:")
+    said = plan.advice(Rl(rows=32), short_of(2, 40), "rows", 4, (2048, 1280))
+    assert said[0].startswith("--rows 8:")
 
 
 def test_advice_for_one_row_is_smaller_buckets_and_at_last_a_larger_slice():
@@ -199,8 +199,9 @@ def test_a_program_that_is_not_there_is_no_plan_that_fits(tmp_path, monkeypatch,
 
 COMPILED = {
     "sft": ["--rows", "2", "--max-length", "512", "--only", "accumulate"],
-    "rl": ["--prompts", "2", "--group-size", "2", "--buckets.prompt", "256", "--buckets.completion", "128",
-           "--sampling.max-new-tokens", "128", "--only", "prefill", "decode", "accumulate"],
+    "rl": ["--prompts", "2", "--rows", "2", "--group-size", "2", "--buckets.prompt", "256",
+           "--buckets.completion", "128", "--sampling.max-new-tokens", "128",
+           "--only", "prefill", "decode", "accumulate"],
 }  # fmt: skip
 
 

@@ -34,8 +34,9 @@ SFT = COMMON | {"epochs": 1, "global_batch": 16, "rows": 4, "max_length": 384, "
 SFT |= {"optim": {"peak_lr": 1e-3, "warmup_steps": 2}}
 MINE = COMMON | {"samples": 4, "size": 26, "prompts": 4}
 MINE |= {"sampling": {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0}}  # the shapes of RL: compiled once
-RL = COMMON | {"group_size": 4, "prompts_per_step": 8, "prompts_per_update": 8, "prompts": 4, "max_length": 200}
-RL |= {"save_every": 1, "sampling": {"max_new_tokens": 16, "temperature": 1.2}, "optim": {"peak_lr": 1e-3}}
+RL = COMMON | {"group_size": 4, "prompts_per_step": 8, "prompts_per_update": 8, "prompts": 4, "rows": 4}
+RL |= {"max_length": 200, "save_every": 1, "optim": {"peak_lr": 1e-3}}
+RL |= {"sampling": {"max_new_tokens": 16, "temperature": 1.2}}
 EVAL = COMMON | {"prompts": 1, "scores": "fast", "sampling": {"temperature": 0, "max_new_tokens": 16}}
 
 

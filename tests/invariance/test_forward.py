@@ -198,7 +198,7 @@ def test_completions_on_a_shared_prompt_equal_prompt_and_completion_rows():
 def test_pictures_that_a_frozen_tower_has_seen_equal_their_patches(monkeypatch):
     """Rollout, scoring and updates of a step then read the same features: one vision pass a prompt."""
     prompts = [after_instruction(e) for e in examples_of(0, 1, 2, 1, seed=1)]
-    settings = SimpleNamespace(prompts=2, buckets=SimpleNamespace(prompt=(52,)))
+    settings = SimpleNamespace(rows=2, buckets=SimpleNamespace(prompt=(52,)))
     sampler = SimpleNamespace(layout=SHARING, model_config=CONFIG)
     passes = []
     monkeypatch.setattr(rl, "look", lambda *args, look=rl.look, **more: passes.append(1) or look(*args, **more))
