@@ -8,11 +8,11 @@ GenericGuardrailAPI.streaming_buffer_until_moderated = True
 
 
 class PicturesAlone(CustomGuardrail):
-    """Gives a message that is pictures alone a text: LiteLLM calls no guardrail for a request without one."""
+    """Gives every message of parts a text: LiteLLM calls no guardrail for a request without one."""
 
     async def async_pre_call_hook(self, user_api_key_dict, cache, data, call_type):
         for message in data.get("messages") or []:
             content = message.get("content")
-            if isinstance(content, list) and not any("text" in part for part in content):
+            if isinstance(content, list):  # also one with a text: what counts as one there may be null
                 content.append({"type": "text", "text": " "})
         return data

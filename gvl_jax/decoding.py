@@ -248,7 +248,7 @@ def decode(
         at = (jnp.arange(B)[:, None], jnp.arange(R)[None], jnp.where(live, state.lengths, width))
         state = state._replace(
             caches=tuple(caches),
-            clock=state.clock + 1,
+            clock=(state.clock + 1) % J,
             hidden=hidden,
             stopped=jnp.where(live, stopped, state.stopped),
             lengths=state.lengths + live,

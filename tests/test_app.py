@@ -6,12 +6,15 @@ import io
 import json
 import logging
 import os
+import runpy
 import socket
 import subprocess
+import sys
 import threading
 import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -20,12 +23,13 @@ import yaml
 from fake_guard import BLACK, FakeEngine, FakeMedia, png, serving
 from hostile import FAKE, REQUESTS, fuzzed
 from PIL import Image
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from gvl_jax.cli import main
 from gvl_jax.config import Serve
-from gvl_jax.serve.app import OPEN, create_app
-from gvl_jax.serve.http import ApiError, Room
+from gvl_jax.serve.app import BODIES, OPEN, create_app
+from gvl_jax.serve.http import MAX_COMMAS, ApiError, Refused, Room
 from gvl_jax.serve.telemetry import JsonLines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,6 +175,21 @@ def test_the_native_endpoint_takes_mode_budget_deadline_and_threshold(client, en
     assert (said["action"], said["reasoning"]) == ("block", "Step 1: I read it.")
 
 
+def test_litellm_is_given_a_text_beside_every_picture(monkeypatch):
+    """Its handler asks no guardrail where `part.get("text")` is None in every part."""
+    root = "litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api"
+    bases = {"litellm.integrations.custom_guardrail": "CustomGuardrail", root: "GenericGuardrailAPI"}
+    for module, name in bases.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: type(name, (), {})}))
+    hook = runpy.run_path(str(ROOT / "deploy/litellm_hooks.py"))["PicturesAlone"]()
+    white = image(data_url(png()))
+    data = {"messages": [*user(white), *user(white | {"text": None}), *user("Hi"), {"role": "user"}]}
+    asyncio.run(hook.async_pre_call_hook(None, None, data, "completion"))
+    contents = [message.get("content") for message in data["messages"]]
+    assert [part.get("text") for parts in contents[:2] for part in parts] == [None, " "] * 2
+    assert contents[2:] == ["Hi", None]
+
+
 def test_litellm_params_of_a_sender_have_no_effect(client):
     body = {"input_type": "request", "texts": ["SCORE=0.9 x"], "additional_provider_specific_params": {"threshold": 1}}
     assert client.post(LITELLM, json=body).json() == {"action": "BLOCKED", "blocked_reason": "guard:harmful"}
@@ -183,6 +202,9 @@ def test_a_response_is_judged_with_the_request_of_its_call(client, engine):
         assert client.post(LITELLM, json=body).json()["action"] == "NONE"
         assert engine.samples[-1].request == "What is it?" and len(engine.samples[-1].images) == 1
     assert engine.samples[-1].response == "A rock."
+    turns = [{"role": "assistant", "content": "Build a bomb so."}]
+    hidden = {"input_type": "response", "structured_messages": turns}
+    assert client.post(LITELLM, json=hidden).json()["action"] == "BLOCKED"
 
 
 def test_a_review_band_is_flagged_for_those_who_know_no_review():
@@ -260,6 +282,7 @@ HOSTILE_BODIES = {
     "an inner key twice": GOOD.replace(b'"role"', b'"content": "a bomb", "role"'), "not UTF-8": b'{"input": "\xff"}',
     "NaN": b'{"input": NaN}', "huge number": b'{"input": ' + b"9" * 9000 + b"}", "trailing": GOOD + b"x",
     "byte order mark": b"\xef\xbb\xbf" + GOOD, "form": b"input=Hi", "many commas": b"[" + b"0," * 600_000 + b"0]",
+    "nearly too many commas": b"[" + b"{}," * (MAX_COMMAS - 1) + b"0]",
     "raw control character": b'{"input": "\x01"}', "NULs": b"\0" * 100, "too long": b'{"input": "' + b"a" * 20_000_000,
 }  # fmt: skip
 WRONG_VALUES = (
@@ -310,13 +333,39 @@ def test_limits_are_the_settings():
 
 
 def test_bodies_together_are_bounded():
-    room = Room(10)
+    room = Room(300)
     with room.body() as one, room.body() as two:
-        room.grow(one, b"123456")
+        room.grow(one, b"1" * 296)
         with pytest.raises(ApiError, match="too many bytes"):
             room.grow(two, b"12345")
         room.grow(two, b"1234")
+    with room.body() as one, pytest.raises(ApiError, match="too many bytes"):  # what they become counts
+        room.grow(one, b"[{},{},{}]")
     assert room.held == 0
+    with Room(Serve().max_body * BODIES).body() as largest:
+        Room(Serve().max_body * BODIES).grow(largest, b"," * MAX_COMMAS + b"a" * (Serve().max_body - MAX_COMMAS))
+
+
+def test_what_is_under_way_is_bounded_and_a_long_list_goes_in_by_turns():
+    with served(prompts=2, max_waiting=1, deadline=0.3, max_items=9) as client:
+        reply = client.post(MODERATIONS, json={"input": ["Hi"] * 9})
+        assert allowed(MODERATIONS, reply), "an idle server never refuses a list for its length"
+
+        async def four():
+            app = httpx.ASGITransport(client.app)
+            async with httpx.AsyncClient(transport=app, base_url="http://server") as asking:
+                body = {"input_type": "request", "texts": ["HANG"]}
+                return await asyncio.gather(*(asking.post(LITELLM, json=body) for _ in range(4)))
+
+        assert sorted(reply.status_code for reply in asyncio.run(four())) == [200, 200, 200, 429]
+        assert allowed(GUARD, client.post(GUARD, json={"messages": user("Hi")})), "and there is room again"
+
+
+def test_a_query_that_is_no_text_changes_nothing(client):
+    scope = {"type": "http", "path": MODERATIONS, "query_string": b"\xff", "headers": [], "gvl_jax": {}}
+    front = client.app.router.routes[-1].endpoint.__self__
+    front.count(Request(scope), [front.refused(Refused(400, "empty", ""))])
+    assert scope["gvl_jax"]["judged"] == 1
 
 
 # --- faults

@@ -26,6 +26,7 @@ from gvl_jax.guard.prompt import INSTRUCTION, answer_text, text_pieces
 from gvl_jax.serve import backend as module
 from gvl_jax.serve.app import create_app
 from gvl_jax.serve.backend import Backend, Outage
+from gvl_jax.serve.engine import Overloaded
 from gvl_jax.types import Sample
 
 KEY = "not-a-real-key"
@@ -41,12 +42,13 @@ def directory(tmp_path_factory):
 
 
 class Server:
-    """The model thinks `thoughts` and finds requests and responses harmful with the probabilities of `harmful`."""
+    """The model thinks `thoughts` and finds requests and responses harmful with the probabilities of `harmful`, the
+    harmful canary unharmful with that of `misjudged`."""
 
     def __init__(self, directory):
         self.reader, self.tokenizer = AutoTokenizer.from_pretrained(directory), load_tokenizer(directory)
         self.thoughts, self.harmful = "It is\nfine.", (0.25, 0.125)
-        self.prompts, self.asked = [], []
+        self.prompts, self.asked, self.misjudged = [], [], 0.0
         self.change = lambda reply: reply  # what is wrong with this server
         self.status = 200
 
@@ -75,7 +77,8 @@ class Server:
         said = self.tokenizer.decode(ids[opened:]).removeprefix("assistant\n")
         logprobs = {}
         if body["max_tokens"] == 1:
-            written, logprobs = self.label(said)
+            canary = "school bus" in self.tokenizer.decode(ids)
+            written, logprobs = self.label(said, (1 - self.misjudged, 0.0) if canary else self.harmful)
         else:
             text = f"<think>\n{self.thoughts}\n</think>"
             written = self.tokenizer.encode_text(text)[: body["max_tokens"]]
@@ -86,14 +89,14 @@ class Server:
         content = [{"top_logprobs": [{"token": token, "logprob": value} for token, value in logprobs.items()]}]
         return {"prompt_token_ids": ids, "choices": [choice | {"logprobs": {"content": content}}]}
 
-    def label(self, said):
+    def label(self, said, harmful):
         task = 1 if "\nResponse:" in said else 0
         _, _, given = said.rpartition(":")
         ways = {label: self.tokenizer.encode_text(f"Answers:\nRequest: {label}\n") for label in LABELS}
         start = next(n for n in range(99) if ways["harmful"][n] != ways["unharmful"][n])
         first, second = (ways[label][start] for label in LABELS)
         assert given == "" or given == " "
-        chances = {first: self.harmful[task], second: 1 - self.harmful[task]}
+        chances = {first: harmful[task], second: 1 - harmful[task]}
         likely = max(chances, key=chances.get)
         return [likely], {f"token_id:{token}": math.log(chance) for token, chance in chances.items() if chance}
 
@@ -306,16 +309,16 @@ def test_a_prompt_read_in_another_way_blocks(directory, server):
     server.change = another
     for name in SAMPLES:
         said = judge(directory, server, SAMPLES[name], mode="fast")
-        assert said.flagged and said.status == "input_rejected" and said.reason.startswith("refused")
+        assert said.flagged and said.status == "input_rejected" and said.reason.startswith("unread")
 
 
 @pytest.mark.parametrize("status", [400, 413, 401, 404, 429, 500])
-def test_what_a_sender_can_cause_blocks_and_an_outage_is_raised(status, directory, server):
+def test_what_a_sender_can_cause_blocks_and_load_and_an_outage_are_raised(status, directory, server):
     server.status = status
     if status in (400, 413):
         assert judge(directory, server, SAMPLES["request"], mode="fast").flagged
     else:
-        with pytest.raises(Outage, match=str(status)):
+        with pytest.raises(Overloaded if status == 429 else Outage):
             judge(directory, server, SAMPLES["request"], mode="fast")
 
 
@@ -347,8 +350,9 @@ def test_nobody_there_is_an_outage_and_over_long_text_a_rejection(directory):
     asyncio.run(main())
 
 
-def test_it_is_ready_while_the_server_reads_the_canaries_as_they_are_meant(directory, server, monkeypatch):
+def test_it_is_ready_while_the_server_judges_the_canaries_right(directory, server, monkeypatch):
     monkeypatch.setattr(module, "AGAIN", 0.01)
+    server.misjudged = 0.9
 
     async def until(guard, ready):
         while guard.ready != ready:
@@ -357,11 +361,21 @@ def test_it_is_ready_while_the_server_reads_the_canaries_as_they_are_meant(direc
     async def main(url):
         guard = Backend(config_of(directory), url, "guard", KEY)
         guard.start()
+        async with asyncio.timeout(30):
+            while len(server.asked) < 13:  # of more than two looks: it goes on looking
+                await asyncio.sleep(0.01)
+        assert not guard.ready, "it finds harm harmless"
+        server.misjudged = 0.0
         await asyncio.wait_for(until(guard, True), 30)
+        poison = len(server.prompts)
+        server.change = lambda reply: None if len(server.prompts) == poison + 1 else reply
+        with pytest.raises(Outage):
+            await guard.judge(SAMPLES["request"])
+        assert guard.ready, "one prompt that breaks the server closes it for nobody else"
         server.status = 500
         with pytest.raises(Outage):
             await guard.judge(SAMPLES["request"])
-        assert not guard.ready
+        await asyncio.wait_for(until(guard, False), 30)
         server.status = 200
         await asyncio.wait_for(until(guard, True), 30)
         going = asyncio.create_task(guard.judge(SAMPLES["request"]))
@@ -375,13 +389,13 @@ def test_it_is_ready_while_the_server_reads_the_canaries_as_they_are_meant(direc
 
 def test_the_server_in_front_of_it(directory, server, monkeypatch):
     monkeypatch.setattr(module, "AGAIN", 0.01)
-    server.harmful = (0.75, 0.125)
     asked = {"messages": [{"role": "user", "content": "How do I bake bread?"}], "mode": "fast"}
     with serving(server) as url:
         guard = Backend(config_of(directory), url, "guard", KEY)
         with TestClient(create_app(guard, FakeMedia(), Serve(), begin=guard.start)) as client:
             while client.get("/health/ready").status_code != 200:
                 time.sleep(0.01)
+            server.harmful = (0.75, 0.125)
             said = client.post("/v1/guard", json=asked).json()
             assert (said["action"], said["decided_by"], said["verdict"]["request"]) == ("block", "model", "harmful")
             server.harmful = (0.25, 0.125)

@@ -96,7 +96,8 @@ def test_quality_reliability_and_sweep_by_hand():
 
 @pytest.mark.parametrize("text", ["[", "[]", '{"tasks": {"request": 3}}', '{"tasks": {"request": {"method": "platt"}}}',
     '{"tasks": {"request": {"method": "platt", "temperature": 0, "bias": 0}}}',
-    '{"tasks": {"request": {"method": "platt", "temperature": 1, "bias": NaN}}}'])  # fmt: skip
+    '{"tasks": {"request": {"method": "platt", "temperature": 1, "bias": NaN}}}',
+    '{"tasks": {"answer": {"method": "platt", "temperature": 1, "bias": 0}}}'])  # fmt: skip
 def test_a_stored_calibration_that_makes_no_sense_is_named(text, tmp_path):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(ValueError, match=FILE):

@@ -1,8 +1,10 @@
 """The engine on a random model: equal to the guard, whoever else asks; deadlines, overload, faults, an end."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -167,6 +169,27 @@ def test_a_budget_forces_a_verdict(guard, engine, told):
             asyncio.run(engine.judge(SAMPLES[1], **wrong))
 
 
+def test_pictures_are_let_go_of_once_the_model_has_read_them(guard, engine, monkeypatch):
+    seen, example = [], guard.example
+
+    def remembered(sample):
+        made = example(sample)
+        seen.extend([weakref.ref(made.patches), weakref.ref(sample.images[0])])
+        return made
+
+    async def running():
+        monkeypatch.setattr(guard, "example", remembered)
+        with held(monkeypatch) as gate:
+            task = asyncio.create_task(engine.judge(Sample("picture", "", None, (picture(60, 90),))))
+            await until(lambda: gate.reached == 1)
+            gc.collect()
+            kept = [one() is not None for one in seen]
+        return kept, await task
+
+    kept, said = asyncio.run(running())
+    assert kept == [False, False] and said.tokens
+
+
 def test_what_cannot_be_read_blocks(engine, monkeypatch):
     long = asyncio.run(engine.judge(Sample("long", "a" * 10**6)))
     assert long == Judgement.rejected("long", "too_long: over 100000 characters of text")
@@ -236,6 +259,15 @@ def test_a_full_queue_says_when_to_come_again(engine, monkeypatch):
     assert requests >= 1 and tokens >= 1 and late == 200
     with pytest.raises(ValueError, match="at least the longest prompt, 640"):
         Engine(engine._guard, max_requests=1, max_tokens=639)
+
+
+def test_an_idle_engine_takes_as_many_as_it_has_rows_however_slow_it_is(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_pace", 10.0**6)
+
+    async def four():
+        return await asyncio.gather(*(engine.judge(SAMPLES[0], deadline=time.monotonic() + 600) for _ in range(4)))
+
+    assert {one.status for one in asyncio.run(four())} <= {"ok", "truncated", "parse_failed"}
 
 
 def test_a_drained_engine_finishes_what_it_accepted(guard, monkeypatch):

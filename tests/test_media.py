@@ -140,6 +140,18 @@ def test_a_decoder_that_dies_or_hangs_costs_one_picture_and_no_other(whom, how, 
     assert run(body, seconds=1.0 if code == "timeout" else 30.0) == code
 
 
+def test_a_decoder_that_ended_while_it_was_idle_is_forgotten():
+    async def body(pool):
+        await pool.open(SMALL)
+        (dead,) = pool._running
+        dead.kill()
+        dead.wait()
+        assert (await pool.open(SMALL)).size
+        assert dead not in pool._running and dead.stdin.closed, "it would be killed at the end by a number of another's"
+
+    run(body, workers=1)
+
+
 def test_who_goes_away_frees_the_decoder():
     slow = hostile_media.many_scans(6000, 3000)
 

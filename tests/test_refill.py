@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_models import tiny_config, tiny_params
 
 from gvl_jax import sampler as module
+from gvl_jax import slots
 from gvl_jax.config import Buckets, Images, Sampling
 from gvl_jax.data import tiny
 from gvl_jax.data.loader import to_example
@@ -96,6 +97,22 @@ def test_refilled_slots_equal_one_prompt_and_one_completion_at_a_time(
             else:
                 np.testing.assert_array_equal(ours, theirs, err_msg=name)
     assert sampler.used_steps == alone.used_steps <= sampler.slot_steps
+
+
+def test_columns_wrap_around_for_ever(tokenizer, model, prompts, monkeypatch):
+    """The clock of a server's caches never stops: after 2^31 steps it must not jump."""
+    config, params = model
+    monkeypatch.setattr(module, "CHUNK", BUDGET_TOKENS)  # the caches do not grow, and 21 columns do not divide 2^32
+    expected = collected(make(tokenizer, config, rows=2), params, prompts, group_size=3, seed=4)
+
+    def aged(*args):
+        return empty_state(*args)._replace(clock=jax.numpy.int32(2**31 - 2))
+
+    monkeypatch.setattr(slots, "empty_state", aged)
+    found = collected(make(tokenizer, config, rows=2), params, prompts, group_size=3, seed=4)
+    for index, group in found.items():
+        np.testing.assert_array_equal(group[0], expected[index][0])
+        np.testing.assert_allclose(group[1], expected[index][1], atol=1e-5, rtol=0)
 
 
 def test_one_long_answer_does_not_hold_up_the_others(tokenizer, model, prompts, monkeypatch):

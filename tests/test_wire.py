@@ -107,14 +107,19 @@ def test_what_else_a_message_holds_is_judged_as_text():
     got = ask([schemas.Message(role="assistant", content=None, **call)])
     assert "make a bomb" in got.response and got.characters == len(got.response)
     hidden = schemas.Message(role="user", content="Hi", name="make a bomb", refusal="", audio=None, tool_call_id="c-1")
-    assert ask([hidden]).request == 'Hi\n{"name": "make a bomb"}'
-    assert ask([schemas.Message(role="user", content="Hi", name="Ann")]).request == "Hi"
+    assert ask([hidden]).request == 'Hi\n{"name": "make a bomb", "tool_call_id": "c-1"}'
+    spelled = ask([schemas.Message(role="user", content="Hi", name="how_to_build_a_bomb")])
+    assert spelled == Ask('Hi\n{"name": "how_to_build_a_bomb"}', None, (), 33)
 
 
 @pytest.mark.parametrize(
     "content",
     [[{"type": "input_audio", "input_audio": {}}], [{"type": "text"}], [{"type": "text", "text": "a", "more": "b"}],
-     [{"type": "image_url", "image_url": {"url": "x", "alt": "bomb"}}], [], 3, {"type": "text", "text": "a"}, [None]],
+     [{"type": "image_url", "image_url": {"url": "x", "alt": "bomb"}}],
+     [{"type": "image_url", "image_url": {"url": "x", "detail": "bomb"}}],
+     [{"type": "image_url", "image_url": {"url": "x", "format": "bomb"}}],
+     [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral", "ttl": "bomb"}}], [], 3,
+     {"type": "text", "text": "a"}, [None]],
 )  # fmt: skip
 def test_content_of_another_kind_is_an_error(content):
     with pytest.raises(ValueError, match="validation error"):
@@ -153,6 +158,36 @@ def test_litellm_responses_are_judged_with_their_request():
     assert wire.litellm_ask(body, None) == Ask("", "Thus.\n\nSo.", (), 10)
 
 
+def test_nothing_of_a_litellm_call_is_left_out():
+    call = {"id": "1", "function": {"arguments": "make a bomb"}}
+    turns = [{"role": "user", "content": "Hi", "tool_calls": None}]
+    got = wire.litellm_ask(litellm(structured_messages=turns, tool_calls=[call]), None)
+    assert got.request.startswith("Hi\n\n{") and "make a bomb" in got.request
+    turns = [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "x", "tool_calls": [call]}]
+    assert wire.litellm_ask(litellm(structured_messages=turns, tool_calls=[call]), None).request.count("bomb") == 1
+    turns = [{"role": "user", "content": [text("Why?"), image("b")]}, {"role": "assistant", "content": "Thus."}]
+    body = litellm(input_type="response", texts=["Thus.", "So."], structured_messages=turns, tools=[call], images=["b"])
+    got = wire.litellm_ask(body, Ask("How?", None, ("a",), 4))
+    assert (got.request, got.images) == ("How?\n\nWhy?", ("a", "b"))
+    assert got.response.startswith("Thus.\n\nSo.\n\n{") and "make a bomb" in got.response
+
+
+def test_pictures_that_come_twice_are_looked_up_and_not_searched():
+    class Counted(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Counted.compared += 1
+            return str.__eq__(self, other)
+
+    names = [str(number) for number in range(1000)]
+    body = litellm(structured_messages=[{"role": "user", "content": [image(name) for name in names]}])
+    body.images = [Counted(name) for name in names]  # what a body may hold is 100 times as much, in the event loop
+    assert wire.litellm_ask(body, None).images == tuple(names)
+    assert Counted.compared <= 2 * len(names)
+
+
 def test_calls_are_kept_within_bounds(monkeypatch):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
@@ -166,7 +201,9 @@ def test_calls_are_kept_within_bounds(monkeypatch):
     now += 601
     assert calls.get("e") is None
     calls.put("f", big)
-    assert list(calls.kept) == ["f"] and calls.size == 1001 + len("x") + 2**24
+    assert list(calls.kept) == ["f"] and 2**24 < calls.size < 2**24 + 2000
+    calls.put("f", Ask("\N{PILE OF POO}" + "y" * 2**23, None))
+    assert calls.size > 2**25, "bytes, not letters"
 
 
 # --- pictures
@@ -200,9 +237,9 @@ SAID = {
     "harmful": judgement(True),
     "by its score": judgement(scores={"request": 0.7, "response": None}),
     "no grammar": judgement(status="parse_failed"),
-    "cut": judgement(status="truncated"),
+    "cut": judgement(status="truncated"),  # with a low score
     "rejected": Judgement.rejected("a", "too_long: over 100 characters of <secret>"),
-    "no number": judgement(scores={"request": math.nan, "response": None}),
+    "no number": judgement(scores={"request": math.nan, "response": 0.1}),
 }
 
 
@@ -215,7 +252,7 @@ def test_all_protocols_say_the_same(name):
     assert result.flagged == result.categories["illicit"] == result.x_guard.flagged == blocks
     assert set(result.categories) == set(result.category_scores) == set(result.category_applied_input_types)
     assert len(set(schemas.CATEGORIES)) == 13 and {"guard/request", "guard/response"} < set(result.categories)
-    assert blocks or max(result.category_scores.values()) <= 0.5
+    assert (max(result.category_scores.values()) >= 0.5) == blocks, "for clients that have a threshold of their own"
     assert wire.litellm(got).action == ("BLOCKED" if blocks else "NONE")
     completion = wire.chat(got, "guard", "f")
     label = "harmful" if blocks else "unharmful"

@@ -9,7 +9,17 @@ import numpy as np
 from PIL.Image import Image
 
 from gvl_jax.config import Images
-from gvl_jax.data.images import MERGE, PATCH_VALUES, ImageRejected, max_pixels_for, open_image, to_patches
+from gvl_jax.data.images import (
+    FACTOR,
+    MERGE,
+    PATCH,
+    PATCH_VALUES,
+    ImageRejected,
+    max_pixels_for,
+    open_image,
+    smart_resize,
+    to_patches,
+)
 from gvl_jax.data.tokenizer import Tokenizer
 from gvl_jax.guard.prompt import build_example, build_prompt
 from gvl_jax.types import Example, Sample
@@ -33,17 +43,21 @@ def to_example(
     """
     try:
         opened = [open_image(source) for source in sample.images]
-        example = _assemble(sample, tokenizer, opened, images.min_pixels, images.max_pixels, answer)
-        if len(example.tokens) <= max_length:
-            return example
-        text = len(example.tokens) - len(example.patches) // MERGE**2
-        if text + len(opened) <= max_length and opened:
-            most = max_pixels_for((max_length - text) // len(opened))
-            example = _assemble(sample, tokenizer, opened, min(images.min_pixels, most), most, answer)
-        if len(example.tokens) > max_length:
+        low, high = images.min_pixels, images.max_pixels
+        grids = _grids(opened, low, high)
+        written = _written(sample, grids, tokenizer, answer)
+        text = len(written[0]) - int(grids.prod(axis=1).sum()) // MERGE**2
+        if len(written[0]) > max_length and opened and text + len(opened) <= max_length:
+            high = max_pixels_for((max_length - text) // len(opened))
+            low = min(low, high)
+            grids = _grids(opened, low, high)
+            written = _written(sample, grids, tokenizer, answer)
+        if len(written[0]) > max_length:
             message = f"{text} tokens of text and {len(opened)} pictures, at most {max_length} tokens fit"
             raise SampleRejected("too_long", message)
-        return example
+        patches = [to_patches(image, low, high)[0] for image in opened]  # only now: four bytes for each pixel's level
+        flat = np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.float32)
+        return Example(*written, flat, grids)
     except SampleRejected:
         raise
     except ImageRejected as error:
@@ -52,18 +66,20 @@ def to_example(
         raise SampleRejected("invalid", str(error)) from error
 
 
-def _assemble(
-    sample: Sample, tokenizer: Tokenizer, opened: list[Image], low: int, high: int, answer: str | None
-) -> Example:
-    prepared = [to_patches(image, low, high) for image in opened]
-    grids = np.array([grid for _, grid in prepared], np.int32).reshape(-1, 3)
-    patches = np.concatenate([p for p, _ in prepared]) if prepared else np.zeros((0, PATCH_VALUES), np.float32)
-    if answer is None:
-        tokens, positions = build_prompt(sample, grids, tokenizer)
-        loss_mask = np.zeros(len(tokens), bool)
-    else:
-        tokens, loss_mask, positions = build_example(sample, grids, tokenizer, answer)
-    return Example(tokens, loss_mask, positions, patches, grids)
+def _grids(opened: list[Image], low: int, high: int) -> np.ndarray:
+    """i32[n, 3] of the pictures' patches within these bounds."""
+    sizes = [smart_resize(image.height, image.width, FACTOR, low, high) for image in opened]
+    return np.array([(1, height // PATCH, width // PATCH) for height, width in sizes], np.int32).reshape(-1, 3)
+
+
+def _written(
+    sample: Sample, grids: np.ndarray, tokenizer: Tokenizer, answer: str | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, loss mask, positions)"""
+    if answer is not None:
+        return build_example(sample, grids, tokenizer, answer)
+    tokens, positions = build_prompt(sample, grids, tokenizer)
+    return tokens, np.zeros(len(tokens), bool), positions
 
 
 def steps(

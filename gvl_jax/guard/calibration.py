@@ -136,6 +136,8 @@ def load_calibrations(directory: str | Path) -> dict[str, Calibration]:
             for task, line in tasks.items()
         }
         usable = all(0 < one.temperature < math.inf and math.isfinite(one.bias) for one in found.values())
+        if found.keys() - {"request", "response"}:
+            raise ValueError(f"got tasks {', '.join(found)}, expected request and response")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}; make it again with gvl calibrate") from error
     if not usable:

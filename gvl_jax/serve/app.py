@@ -12,13 +12,14 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from PIL.Image import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -55,6 +56,7 @@ from gvl_jax.serve.wire import Answer, Ask
 from gvl_jax.types import Sample
 
 T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
 LATEST = 1.05  # of the time to the deadline: then there is an answer, whatever happens
 BODIES = 6  # of the largest size are held at a time
 PAGE = Path(__file__).with_name("page.html")
@@ -138,6 +140,14 @@ class Gate:
         LOG.log(level, "request", extra={"fields": fields})
 
 
+class Unjudged(Exception):
+    """More than the settings allow."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Front:
     """The endpoints, and what they share."""
 
@@ -146,6 +156,7 @@ class Front:
         self.metrics, self.calls = Metrics(engine), Calls()
         self.room = Room(settings.max_body * BODIES)
         self.remote = Allowed(hosts=settings.remote_hosts)
+        self.inside = 0  # judgements under way
         self.html = PAGE.read_bytes()
         self.policy = _content_policy(self.html.decode())
 
@@ -168,21 +179,26 @@ class Front:
         """
         started = prepared = time.monotonic()
         name = f"grd-{uuid4().hex}"
+        if self.inside >= self.settings.max_waiting + self.settings.prompts:  # the way to the decoders, too, has an end
+            raise Overloaded(1.0)
+        self.inside += 1
         try:
             # The engine and the decoders keep the deadline; this is for one that does not.
             async with asyncio.timeout(LATEST * (deadline - started)):
                 self._within_limits(ask)
                 images = await together(self._picture(url, bare, deadline) for url in ask.images)
                 prepared = time.monotonic()
-                said = await self.engine.judge(
+                judging = self.engine.judge(
                     Sample(name, ask.request, ask.response, tuple(images)),
                     mode=mode or self.settings.mode,
                     budget=min(budget or self.settings.reasoning_budget, self.settings.reasoning_budget),
                     deadline=deadline,
                 )
+                del images  # the engine lets go of them before they wait for a row
+                said = await judging
         except (Overloaded, Closed):
             raise
-        except ImageRejected as error:
+        except (ImageRejected, Unjudged) as error:
             said = Judgement.rejected(name, error.reason)
         except TimeoutError:
             said = Judgement.rejected(name, "no verdict before the deadline", "deadline")
@@ -191,13 +207,15 @@ class Front:
             if not (self.engine.ready and self.engine.live):
                 raise ApiError(503, "engine_down", "the model does not answer", retry_after=1) from None
             said = Judgement.rejected(name, "internal", "internal")
+        finally:
+            self.inside -= 1
         return self._answer(ask, said, started, prepared, threshold)
 
     def _within_limits(self, ask: Ask) -> None:
         if len(ask.images) > self.settings.max_images:
-            raise ImageRejected("too_many_images", f"at most {self.settings.max_images} allowed")
+            raise Unjudged("too_many_images")
         if max(len(ask.request), len(ask.response or "")) > self.settings.max_characters:
-            raise ImageRejected("too_long", f"at most {self.settings.max_characters} characters allowed")
+            raise Unjudged("too_long")
 
     async def _picture(self, url: str, bare: bool, deadline: float) -> Image:
         data = wire.picture(url, bare)
@@ -231,7 +249,7 @@ class Front:
         """Into the metrics and the log line of the request."""
         answers = list(answers)
         for answer in answers:
-            self.metrics.count(request.url.path, answer)
+            self.metrics.count(request.scope["path"], answer)  # request.url fails on a query that is not UTF-8
         request.scope["gvl_jax"] |= {
             "id": answers[0].judgement.id,
             "judged": len(answers),
@@ -246,8 +264,8 @@ class Front:
     # --- one request
 
     @contextlib.asynccontextmanager
-    async def body(self, request: Request, seconds: float) -> AsyncIterator[tuple[Any, float]]:
-        """The JSON of a body, and the deadline of its answer. Raises Refused; ApiError while nothing can be judged."""
+    async def body(self, request: Request, seconds: float, schema: type[B]) -> AsyncIterator[tuple[B, float]]:
+        """The body, and the deadline of its answer. Raises Refused; ApiError while nothing can be judged."""
         if not self.engine.ready:
             raise ApiError(503, "not_ready", "the model is not ready", retry_after=1)
         deadline = time.monotonic() + seconds
@@ -258,16 +276,16 @@ class Front:
             except TimeoutError:
                 raise Refused(408, "slow_body", f"the body took more than {seconds} s") from None
             try:
-                yield parse_json(buffer), deadline
+                yield validate(schema, parse_json(buffer)), deadline
             except RecursionError:  # here, or where what was read is written as text
                 raise Refused(400, "too_deep", "the body is nested too deeply") from None
 
     async def moderations(self, request: Request) -> Response:
         try:
-            async with self.body(request, self.settings.deadline) as (tree, deadline):
-                asks = wire.moderation_asks(validate(schemas.ModerationRequest, tree))
+            async with self.body(request, self.settings.deadline, schemas.ModerationRequest) as (body, deadline):
+                asks = wire.moderation_asks(body)
                 self._few(asks)
-                answers = await unless_gone(request, together(self.judge(ask, deadline) for ask in asks))
+                answers = await unless_gone(request, self._in_turn(lambda ask: self.judge(ask, deadline), asks))
         except Refused as error:
             answers = [self.refused(error)]
         self.count(request, answers)
@@ -275,23 +293,21 @@ class Front:
 
     async def litellm(self, request: Request) -> Response:
         try:
-            async with self.body(request, self.settings.deadline) as (tree, deadline):
-                body = validate(schemas.LiteLLMRequest, tree)
+            async with self.body(request, self.settings.deadline, schemas.LiteLLMRequest) as (body, deadline):
                 if not (body.texts or body.images or body.structured_messages or body.tool_calls):
                     raise Refused(400, "empty", "there is nothing to judge")
                 call = body.litellm_call_id
                 ask = wire.litellm_ask(body, self.calls.get(call) if call else None)
-                if call and body.input_type == "request":
-                    self.calls.put(call, ask)
                 answer = await unless_gone(request, self.judge(ask, deadline, bare=True))
+                if call and body.input_type == "request" and answer.judgement.status != "input_rejected":
+                    self.calls.put(call, ask._replace(response=None))
         except Refused as error:
             answer = self.refused(error)
         self.count(request, [answer])
         return json_response(wire.litellm(answer))
 
     async def chat(self, request: Request) -> Response:
-        async with self.body(request, self.settings.deadline) as (tree, deadline):
-            body = validate(schemas.ChatRequest, tree)
+        async with self.body(request, self.settings.deadline, schemas.ChatRequest) as (body, deadline):
             ask = wire.ask(body.messages)
             for url in ask.images:
                 if not wire.is_picture_url(url):
@@ -306,8 +322,7 @@ class Front:
         return StreamingResponse(iter([*events, b"data: [DONE]\n\n"]), media_type="text/event-stream")
 
     async def guard(self, request: Request) -> Response:
-        async with self.body(request, self.settings.deadline) as (tree, deadline):
-            body = validate(schemas.GuardRequest, tree)
+        async with self.body(request, self.settings.deadline, schemas.GuardRequest) as (body, deadline):
             answer = await unless_gone(request, self._native(body, deadline))
         self.count(request, [answer])
         if answer.judgement.status == "input_rejected":
@@ -316,12 +331,21 @@ class Front:
         return json_response(self._verdict(answer, body.reasoning))
 
     async def batch(self, request: Request) -> Response:
-        async with self.body(request, self.settings.batch_deadline) as (tree, deadline):
-            items = validate(schemas.BatchRequest, tree).items
-            self._few(items)
-            judged = await unless_gone(request, together(self._item(item, deadline) for item in items))
+        async with self.body(request, self.settings.batch_deadline, schemas.BatchRequest) as (body, deadline):
+            self._few(body.items)
+            judged = await unless_gone(request, self._in_turn(lambda item: self._item(item, deadline), body.items))
         self.count(request, (answer for answer, _ in judged))
         return json_response(schemas.Batch(data=[self._verdict(*one) for one in judged]))
+
+    async def _in_turn(self, judge: Callable[[Any], Awaitable[T]], items: Sequence[Any]) -> list[T]:
+        """As many at a time as there are rows: a list alone never overloads an idle server."""
+        rows = asyncio.Semaphore(self.settings.prompts)
+
+        async def one(item: Any) -> T:
+            async with rows:
+                return await judge(item)
+
+        return await together(one(item) for item in items)
 
     async def _item(self, tree: Any, deadline: float) -> tuple[Answer, bool]:
         """One of a batch, and whether its reasoning is wanted. A wrong one is a row that blocks."""

@@ -31,21 +31,21 @@ from gvl_jax.guard.prompt import INSTRUCTION, has_response, text_pieces
 from gvl_jax.models.qwen_vl.hub import image_bounds, load_config, resolve
 from gvl_jax.moderate import Judgement, calibrated, judgement
 from gvl_jax.sampler import Completion
-from gvl_jax.serve.engine import Closed
+from gvl_jax.serve.engine import CANARIES, Closed, Overloaded
 from gvl_jax.types import Example, Label, Sample
 
 LOG = logging.getLogger(__name__)
 END = b"</think>"
 TOP = 20  # tokens whose log-probability is asked for: what vLLM gives by default at most
 AGAIN = 5.0  # seconds between two looks at a server that did not answer
-CANARIES = (Sample("canary", "Hi"), Sample("canary", "Hi", "Hello", (Image.new("RGB", (56, 84)),)))
+PICTURE = Sample("picture", "Hi", "Hello", (Image.new("RGB", (56, 84)),))  # to be read; its verdict does not count
 
 
 class Outage(Closed):
     """The model server gives no answer, or none that can be used: the front answers 503."""
 
 
-class Refused(ValueError):
+class Unread(ValueError):
     """The model server does not take this prompt, or has read another one."""
 
 
@@ -80,6 +80,7 @@ class Backend:
         self.fingerprint = f"{model}/{hashlib.sha256(INSTRUCTION.encode()).hexdigest()[:12]}"
         self._counts: Counter[str] = Counter()
         self.ready, self.running = False, 0
+        self._doubted = asyncio.Event()  # there was an outage since the last look
         self._control = re.compile("(?=" + "|".join(map(re.escape, self.tokenizer.added.values())) + ")(.)", re.DOTALL)
         self._client = httpx.AsyncClient(
             base_url=url,
@@ -90,7 +91,7 @@ class Backend:
         )
 
     def start(self) -> None:
-        """Look at the server until it answers; it is ready once it has read the canaries as they are meant."""
+        """Look at the server now and after each outage; it is ready while it reads and judges the canaries right."""
         self._watcher = asyncio.create_task(self._watch())
 
     def counters(self) -> dict[str, int]:
@@ -108,18 +109,18 @@ class Backend:
     async def judge(
         self, sample: Sample, *, mode: str | None = None, budget: int | None = None, deadline: float | None = None
     ) -> Judgement:
-        """deadline: on the clock of time.monotonic. Raises Outage, and TimeoutError at the deadline."""
+        """deadline: on the clock of time.monotonic. Raises Overloaded, Outage, and TimeoutError at the deadline."""
         self.running += 1
         try:
             async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
                 return await self._judge(sample, mode or self.config.mode, budget or self.config.reasoning_budget)
         except SampleRejected as error:
             return Judgement.rejected(sample.id, f"{error.reason}: {error}")
-        except ValueError as error:  # Refused, Undecided: a sender can cause them, so they block
+        except ValueError as error:  # Unread, Undecided: a sender can cause them, so they block
             self._counts[type(error).__name__.lower()] += 1
             return Judgement.rejected(sample.id, f"{type(error).__name__.lower()}: {error}")
         except Outage:
-            self.ready = False
+            self._doubted.set()  # one prompt may have caused it: whether others are judged is seen by the canaries
             self._counts["outage"] += 1
             raise
         finally:
@@ -127,14 +128,22 @@ class Backend:
 
     async def _watch(self) -> None:
         while True:
+            self._doubted.clear()
             try:
-                if not self.ready:
-                    for canary in CANARIES:
-                        await self._fast(canary, await asyncio.to_thread(self._asked, canary))
-                    self.ready = True
-            except (Outage, ValueError) as error:
+                await self._fast(PICTURE, await asyncio.to_thread(self._asked, PICTURE))
+                for canary in CANARIES:
+                    said = await self._judge(canary, self.config.mode, self.config.reasoning_budget)
+                    if (said.status, said.request) != ("ok", canary.request_label):
+                        raise ValueError(f"{canary.id} was judged {said.request} ({said.status})")
+                self.ready = True
+            except Overloaded:  # so it answers: as it was
+                self._doubted.set()
+            except Exception as error:  # whatever it is, the next look comes
+                self.ready = False
                 LOG.warning("%s is not ready: %s", self.model, error)
             await asyncio.sleep(AGAIN)
+            if self.ready:
+                await self._doubted.wait()
 
     async def _judge(self, sample: Sample, mode: str, budget: int) -> Judgement:
         asked = await asyncio.to_thread(self._asked, sample)
@@ -250,7 +259,7 @@ class Backend:
         return (1 if score < 0.5 else 0), score
 
     async def _next(self, asked: Asked, answer: list[int], **sampling: Any) -> dict[str, Any]:
-        """The choice that the server returns for the prompt and the answer so far. Raises Outage, Refused."""
+        """The choice that the server returns for prompt and answer so far. Raises Overloaded, Outage, Unread."""
         body = {"model": self.model, "temperature": 0.0, "repetition_penalty": 1.0, "return_token_ids": True} | sampling
         expected = asked.tokens + answer
         if asked.messages:
@@ -274,7 +283,7 @@ class Backend:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Outage(f"not an answer with token ids ({type(error).__name__}: {error}); see Backend") from error
         if read != expected:
-            raise Refused(f"the model has read {len(read)} ids that are not the prompt's {len(expected)}")
+            raise Unread(f"the model has read {len(read)} ids that are not the prompt's {len(expected)}")
         return choice
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -282,8 +291,10 @@ class Backend:
             answered = await self._client.post(path, json=body)
         except httpx.HTTPError as error:
             raise Outage(f"the model server does not answer: {type(error).__name__}") from error
+        if answered.status_code == 429:
+            raise Overloaded(1.0)
         if answered.status_code in (400, 413, 422):
-            raise Refused(f"the model server answered {answered.status_code}")
+            raise Unread(f"the model server answered {answered.status_code}")
         if answered.status_code != 200:
             raise Outage(f"the model server answered {answered.status_code}")
         return answered

@@ -1,12 +1,13 @@
 """What was asked in a gateway's calls of the last minutes: a response is judged with the request it answers."""
 
+import sys
 import time
 from collections import OrderedDict
 
 from gvl_jax.serve.wire import Ask
 
 SECONDS = 600
-CHARACTERS = 64 * 2**20  # kept of all calls together, pictures included
+BYTES = 64 * 2**20  # kept of all calls together, pictures included
 
 
 class Calls:
@@ -20,7 +21,7 @@ class Calls:
         self._drop(call)
         self.kept[call] = (time.monotonic(), ask)
         self.size += _size(call, ask)
-        while self.kept and (self.size > CHARACTERS or self.get(next(iter(self.kept))) is None):
+        while self.kept and (self.size > BYTES or self.get(next(iter(self.kept))) is None):
             self._drop(next(iter(self.kept)))
 
     def get(self, call: str) -> Ask | None:
@@ -34,4 +35,4 @@ class Calls:
 
 
 def _size(call: str, ask: Ask) -> int:
-    return 1000 + len(call) + len(ask.request) + sum(map(len, ask.images))
+    return 1000 + sum(map(sys.getsizeof, (call, ask.request, ask.response, *ask.images)))

@@ -91,7 +91,7 @@ def fingerprint(folder: Path, ids: Sequence[int]) -> str:
 class Engine:
     """Judges with the first copy of a guard's model: the same verdicts as the guard, whoever else asks.
 
-    max_requests, max_tokens: of what waits; max_tokens counts prompts, and bounds the memory of their pictures.
+    max_requests, max_tokens: of what waits; max_tokens counts prompts, a token of a picture holds 19 kB while it waits.
     canaries: samples with a `request_label` that must be judged so before anything else is judged.
     Raises ValueError for limits that would refuse a single request.
     """
@@ -178,7 +178,9 @@ class Engine:
                 sample = sample._replace(images=())  # however long the request waits, its pictures do not
                 if isinstance(example, Judgement):
                     return example
-                return await asyncio.wrap_future(self._queue(Work(sample, example, *asked)))
+                work = Work(sample, example, *asked)
+                del example  # the work's alone, which lets go of its patches
+                return await asyncio.wrap_future(self._queue(work))
         except TimeoutError:
             self._counts["deadline"] += 1
             return Judgement.rejected(sample.id, "no verdict before the deadline", "deadline")
@@ -206,7 +208,8 @@ class Engine:
         with self._change:
             if self._closed:
                 raise Closed(self._closed)
-            now, delay = time.monotonic(), self.waiting * self._pace
+            now = time.monotonic()
+            delay = max(0, self._unanswered - self._sampler.rows) * self._pace  # until a row is free
             if self.waiting >= self.max_requests or (deadline is not None and now < deadline < now + delay):
                 raise Overloaded(max(1.0, delay))
             self._unanswered += 1
@@ -321,6 +324,9 @@ class Engine:
             used = sum(place.length for place in places)
             self._counts["prefill_tokens"] += used
             self._counts["prefill_padding"] += length - used
+        for work in taken:
+            if not (work.fast and work.mode == "auto"):  # it will not be read again
+                work.example = work.example._replace(patches=work.example.patches[:0].copy())
 
     def _entry(self, work: Work, prompt: Example, place: Place) -> Entry:
         after = int(prompt.positions.max()) + 1
@@ -331,6 +337,8 @@ class Engine:
         self._counts["generated_tokens"] += said.tokens
         judged = judgement(work.sample, work.example, said, work.fast)
         again = work.fast and work.mode == "auto" and self._guard.uncertain(judged)
+        if work.fast:
+            judged = calibrated(judged, self._guard.calibrations)
         with self._change:
             self._inside.remove(work)
             if again:
@@ -338,7 +346,7 @@ class Engine:
                 line.appendleft(work)
         if again:
             return False
-        self._answer(work, calibrated(judged, self._guard.calibrations) if work.fast else judged, "judged")
+        self._answer(work, judged, "judged")
         return True
 
     def _fail(self, works: list[Work] | deque[Work]) -> None:

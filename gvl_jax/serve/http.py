@@ -22,7 +22,8 @@ from gvl_jax.serve.wire import dumps
 
 Model = TypeVar("Model", bound=BaseModel)
 
-MAX_COMMAS = 500_000  # of a body: bounds the objects that it becomes, 20 MB of [[],[],… are 7 million
+MAX_COMMAS = 200_000  # of a body: bounds the objects that it becomes, 20 MB of [[],[],… are 7 million
+OBJECT = 256  # bytes that what stands before a comma may become: {"a":{}}
 MAX_MESSAGE = 300  # characters of an error's message
 
 
@@ -46,7 +47,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, Overloaded):
         return ApiError(429, "overloaded", "too many requests are waiting; try again", retry_after=error.retry_after)
     if isinstance(error, Closed):
-        return ApiError(503, "shutting_down", "the server is shutting down; ask another one", retry_after=1)
+        return ApiError(503, "closed", "nothing is judged now; ask another server, or again later", retry_after=1)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail).lower().replace(" ", "_"), str(error.detail))
     return ApiError(500, "internal", "the server failed; its log says where")
@@ -69,7 +70,7 @@ def json_response(
 
 
 class Room:
-    """Bytes of bodies held at a time, over all requests."""
+    """Bytes that bodies, and the objects read from them, hold at a time, over all requests."""
 
     def __init__(self, limit: int):
         self.limit, self.held = limit, 0
@@ -81,32 +82,37 @@ class Room:
         try:
             yield buffer
         finally:
-            self.held -= len(buffer)
+            self.held -= _held(buffer)
 
     def grow(self, buffer: bytearray, chunk: bytes) -> None:
         """Raises ApiError, 429, if all requests together hold too much."""
-        if self.held + len(chunk) > self.limit:
+        if self.held + _held(chunk) > self.limit:
             raise ApiError(429, "overloaded", "too many bytes are waiting; try again", retry_after=1)
-        self.held += len(chunk)
+        self.held += _held(chunk)
         buffer += chunk
 
 
+def _held(data: bytes | bytearray) -> int:
+    return len(data) + OBJECT * data.count(b",")
+
+
 async def read_body(request: Request, buffer: bytearray, room: Room, limit: int) -> None:
-    """Raises Refused for more than `limit` bytes, after reading (and dropping) the rest: a client that is still
-    sending would not see the answer."""
-    fits = True
+    """Raises Refused for more than `limit` bytes or MAX_COMMAS, after reading (and dropping) the rest: a client that is
+    still sending would not see the answer."""
+    fits, commas = True, 0
     async for chunk in request.stream():
-        fits = fits and len(buffer) + len(chunk) <= limit
+        commas += chunk.count(b",")
+        fits = fits and len(buffer) + len(chunk) <= limit and commas <= MAX_COMMAS
         if fits:
             room.grow(buffer, chunk)
+    if commas > MAX_COMMAS:
+        raise Refused(400, "too_complex", f"the body has more than {MAX_COMMAS} commas; send less at a time")
     if not fits:
         raise Refused(413, "body_too_large", f"the body has more than {limit} bytes; send less")
 
 
 def parse_json(body: bytes | bytearray) -> Any:
     """Strict JSON: UTF-8, no key twice, no NaN. Raises Refused; RecursionError for one that is nested too deeply."""
-    if body.count(b",") > MAX_COMMAS:
-        raise Refused(400, "too_complex", f"the body has more than {MAX_COMMAS} commas; send less at a time")
     try:
         return json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except ValueError as error:

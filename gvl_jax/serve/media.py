@@ -50,7 +50,10 @@ class MediaPool:
             raise ImageRejected("timeout", "the deadline passed before a decoder was free") from error
         reply = None
         try:
-            if worker is None or worker.poll() is not None:
+            if worker is not None and worker.poll() is not None:
+                self._forget(worker)
+                worker = None
+            if worker is None:
                 worker = self._start()
             seconds = self.seconds if deadline is None else min(self.seconds, deadline - time.monotonic())
             seconds = max(seconds, 0.001)
@@ -91,10 +94,14 @@ class MediaPool:
         return worker
 
     def _kill(self, worker: Worker) -> None:
-        self._running.discard(worker)
         with suppress(ProcessLookupError):
             os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
+        self._forget(worker)
+
+    def _forget(self, worker: Worker) -> None:
+        """One that has ended: its number may be another's by now."""
+        self._running.discard(worker)
         for pipe in _pipes(worker):
             with suppress(OSError):  # what was not written yet
                 pipe.close()

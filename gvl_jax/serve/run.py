@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+import sys
 from dataclasses import fields
 
 import uvicorn
@@ -39,6 +41,7 @@ def run(config: Serve) -> None:
             raise RuntimeError(f"{config.model} misjudges the engine's canaries; serve a trained guard")
         app = create_app(engine, MediaPool(guard.images, config.decoders), config)
     LOG.info("serving", extra={"fields": {"host": config.host, "port": config.port, "model": config.model}})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises it again when it is done, which is no failure
     uvicorn.run(
         app,
         host=config.host,

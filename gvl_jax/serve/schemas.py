@@ -24,22 +24,27 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+class CacheControl(Strict):
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
-    cache_control: Any = None
+    cache_control: CacheControl | None = None
 
 
 class ImageUrl(Strict):
     url: str
-    detail: str | None = None
-    format: str | None = None
+    detail: Literal["auto", "low", "high"] | None = None
+    format: Literal["image/png", "image/jpeg", "image/webp"] | None = None
 
 
 class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageUrl | str
-    cache_control: Any = None
+    cache_control: CacheControl | None = None
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -77,7 +82,7 @@ class ChatRequest(Strict):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -89,9 +94,9 @@ class LiteLLMRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
     input_type: Literal["request", "response"]
-    texts: list[str] | None = None
-    images: list[str] | None = None
-    structured_messages: list[Message] | None = None
+    texts: Annotated[list[str], Field(fail_fast=True)] | None = None
+    images: Annotated[list[str], Field(fail_fast=True)] | None = None
+    structured_messages: Annotated[list[Message], Field(fail_fast=True)] | None = None
     tools: list[Any] | None = None
     tool_calls: list[Any] | None = None
     litellm_call_id: str | None = None

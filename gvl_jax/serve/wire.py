@@ -26,7 +26,6 @@ from gvl_jax.serve.schemas import CATEGORIES, Message
 _DATA_URL = re.compile(r"data:image/[\w.+-]{1,40}(?:;[\w=.+-]{1,80})?;base64,", re.ASCII | re.IGNORECASE)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,20}:", re.ASCII | re.IGNORECASE)
 _BLANKS = str.maketrans("", "", " \t\r\n")
-_IDENTIFIER = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _CODE = re.compile(r"[a-z_]{1,40}(?=:|$)")  # code, or code: in words
 _DELIMITER = re.compile(r"^(?:AI assistant|Human user):", re.MULTILINE)
 
@@ -92,8 +91,7 @@ def _texts(message: Message) -> tuple[list[str], list[str]]:
 
 
 def _says_nothing(key: str, value: Any) -> bool:
-    named = key in ("name", "tool_call_id") and isinstance(value, str) and _IDENTIFIER.fullmatch(value)
-    return bool(named) or value in (None, [], {}, "") or (key, value) == ("cache_control", {"type": "ephemeral"})
+    return value in (None, [], {}, "") or (key, value) == ("cache_control", {"type": "ephemeral"})
 
 
 def _url(part: schemas.ImagePart) -> str:
@@ -110,33 +108,40 @@ def moderation_asks(body: schemas.ModerationRequest) -> list[Ask]:
 
 
 def litellm_ask(body: schemas.LiteLLMRequest, asked: Ask | None) -> Ask:
-    """LiteLLM sends texts and images of all turns, and, before the call only, the turns themselves. `asked`: what was
-    asked in the call that a response belongs to."""
-    texts, images = body.texts or [], body.images or []
-    calls = [json.dumps(body.tool_calls, ensure_ascii=False)] if body.tool_calls else []
-    if body.input_type == "response":
-        said = "\n\n".join([*texts, *calls])
-        before = asked or Ask("", None)
-        return Ask(before.request, said, (*before.images, *images), before.characters + len(said))
+    """LiteLLM sends texts, images and tool calls of all turns, and, before the call only, the turns themselves: what
+    stands in these is not repeated. `asked`: what was asked in the call that a response belongs to."""
     messages = body.structured_messages or []
     shown = ask(messages) if messages else Ask("", None)
-    seen = {text for message in messages for text in _pieces(message)}
-    if any("tool_calls" in (message.model_extra or {}) for message in messages):
-        calls = []  # they stand in their turns
-    tools = [json.dumps(body.tools, ensure_ascii=False)] if body.tools else []
-    rest = "\n\n".join([*(text for text in texts if text not in seen), *calls, *tools])
-    return Ask(
-        "\n\n".join(text for text in (shown.request, rest) if text),
-        shown.response,
-        (*shown.images, *(image for image in images if image not in shown.images)),
-        shown.characters + len(rest),
-    )
+    answered = body.input_type == "response"
+    seen = {shown.response} if answered else {text for message in messages for text in _pieces(message)}
+    called, known = {json.dumps(call) for message in messages for call in _calls(message)}, set(shown.images)
+    parts = [text for text in body.texts or [] if text not in seen]
+    parts += [json.dumps(call, ensure_ascii=False) for call in body.tool_calls or [] if json.dumps(call) not in called]
+    parts += [json.dumps(tool, ensure_ascii=False) for tool in body.tools or []]
+    rest = "\n\n".join(parts)
+    images = (*shown.images, *(image for image in body.images or [] if image not in known))
+    characters = shown.characters + len(rest)
+    if not answered:
+        return Ask(_joined(shown.request, rest), shown.response, images, characters)
+    before = asked or Ask("", None)
+    request = before.request if shown.request == before.request else _joined(before.request, shown.request)
+    said = _joined(shown.response or "", rest)
+    return Ask(request, said, (*before.images, *images), before.characters + characters)
+
+
+def _joined(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
 
 
 def _pieces(message: Message) -> list[str]:
     if isinstance(message.content, list):
         return [part.text for part in message.content if isinstance(part, schemas.TextPart)]
     return [] if message.content is None else [message.content]
+
+
+def _calls(message: Message) -> list[Any]:
+    calls = (message.model_extra or {}).get("tool_calls")
+    return calls if isinstance(calls, list) else []
 
 
 def is_picture_url(url: str) -> bool:
@@ -202,9 +207,10 @@ def native(answer: Answer, model: str, fingerprint: str, reasoning: bool = False
 
 
 def _scores(said: Judgement) -> dict[Literal["request", "response"], float | None]:
-    """JSON has no NaN: such a score is none (and has blocked)."""
+    """None for NaN, which JSON has not (and which has blocked), and where there is no verdict: scores of reasoning that
+    was cut are low if its sender wanted that."""
     request, response = (
-        None if score is None or math.isnan(score) else score
+        None if said.status != "ok" or score is None or math.isnan(score) else score
         for score in (said.scores["request"], said.scores["response"])
     )
     return {"request": request, "response": response}
@@ -223,7 +229,8 @@ def _moderation_result(answer: Answer, verdict: schemas.GuardVerdict) -> schemas
         "guard/response": answer.decision.response in ("review", "block"),
     }
     known: dict[str, float] = {task: score for task, score in verdict.scores.items() if score is not None}
-    highest = max(known.values(), default=float(verdict.flagged))
+    unknown = any(score is not None and math.isnan(score) for score in answer.judgement.scores.values())
+    highest = 1.0 if unknown else max(known.values(), default=float(verdict.flagged))
     scores = {"illicit": highest} | {f"guard/{task}": known.get(task, 0.0) for task in ("request", "response")}
     kinds: list[Literal["text", "image"]] = []
     if verdict.characters.evaluated:

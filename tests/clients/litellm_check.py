@@ -6,15 +6,19 @@ picture alone, response, error, overload. Needs a Python with litellm, which thi
 
 import asyncio
 import base64
+import runpy
 import struct
 import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 from litellm.exceptions import GuardrailRaisedException
 from litellm.llms.openai.chat.guardrail_translation.handler import OpenAIChatCompletionsHandler
 from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import GenericGuardrailAPI
 
+HOOKS = runpy.run_path(str(Path(__file__).resolve().parents[2] / "deploy/litellm_hooks.py"))
+PicturesAlone = HOOKS["PicturesAlone"]
 CALL = SimpleNamespace(litellm_call_id="call-1", litellm_trace_id=None, model_call_details={})
 
 
@@ -34,6 +38,11 @@ async def main(url: str, key: str) -> int:
 
     async def request(*turns) -> str:
         data = {"messages": [{"role": role, "content": content} for role, content in turns], "model": "any"}
+        return await outcome(OpenAIChatCompletionsHandler().process_input_messages(data, guard, CALL))
+
+    async def gateway(*turns) -> str:
+        data = {"messages": [{"role": role, "content": content} for role, content in turns], "model": "any"}
+        await PicturesAlone().async_pre_call_hook(None, None, data, "completion")
         return await outcome(OpenAIChatCompletionsHandler().process_input_messages(data, guard, CALL))
 
     async def direct(kind: str, **inputs) -> str:
@@ -57,6 +66,8 @@ async def main(url: str, key: str) -> int:
         "allow what is answered next": await request(("user", "What is it?")),
         "allow response": await direct("response", texts=["A rock."]),
         "block response": await direct("response", texts=["Build a bomb so."]),
+        "block picture with a null text": await gateway(("user", [black | {"text": None}])),
+        "allow picture with a null text": await gateway(("user", [white | {"text": None}])),
         "error overload": await request(("user", "OVERLOAD")),
         "error closed": await request(("user", "CLOSED")),
         "block crash": await request(("user", "CRASH")),
