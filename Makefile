@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# A file stays in one worker, so that no fixture is built twice; in their order, which begins with the longest.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test fast-test clean
 
@@ -15,10 +17,10 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 fast-test: .venv/installed-test
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # The stamps: nothing is installed again until pyproject.toml changes.
 .venv/installed: pyproject.toml | $(BIN)/python

@@ -1,9 +1,11 @@
 """The bench: formulas against what XLA counts and what arrays weigh, counts, tables, and every case once."""
 
+import io
 import json
 import os
 import re
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -189,11 +191,15 @@ def test_the_table_shows_medians_ranges_and_ratios_to_ours():
     assert run.speed_text(lines[1], 54) == "  transformers: 6.75 new tokens/s (2 to 9)"
 
 
-def test_a_difference_over_its_tolerance_is_said_and_fails(capsys, tmp_path, monkeypatch):
+def test_a_difference_over_its_tolerance_is_said_and_fails(capsys, monkeypatch):
     side = SimpleNamespace(build=lambda: lambda: 1, proof=None)
     case = SimpleNamespace(compare=lambda world, a, b: [Difference("logits", 0.5, 0.1)])
-    assert run.compare(None, case, {OURS: side, PEER: side}) == [Difference("logits", 0.5, 0.1)]
+    found = run.compare(None, case, {OURS: side, PEER: side})
+    assert found == [Difference("logits", 0.5, 0.1)]
     assert capsys.readouterr().out == "  transformers: DIFFERENT: logits 0.5, at most 0.1 allowed\n"
+    monkeypatch.setattr(run, "world", lambda *_: None)
+    monkeypatch.setattr(run, "_measure", lambda *_: ([line(OURS, 1.0)], found))
+    assert run.main(["--only", "forward"]) == 1
 
 
 def test_growth_tables_hold_the_formulas():
@@ -211,6 +217,8 @@ def test_without_torch_its_lines_are_left_out_with_a_note(capsys, monkeypatch, t
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     monkeypatch.setattr(run, "_rate", lambda side, dtype: run.Rate(1.0, 1.0))
     monkeypatch.setattr(run, "_peak_in_child", lambda *args: None)
+    once = {OURS: ((1.0,), (1.0,))}, {OURS: (1, 0)}
+    monkeypatch.setattr(run, "_alternate", lambda *_: once)
     lines = bench(tmp_path, "forward")
     assert "left out" in capsys.readouterr().out
     assert [one["side"] for one in lines] == [OURS]
@@ -268,16 +276,46 @@ def bench(folder, names, size="tiny"):
     return json.loads((folder / "out.json").read_text())["lines"]
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """All cases in one run: what it printed of each, and their lines."""
+    from gvl_jax.bench import theirs
+
+    said, peak = io.StringIO(), run._peak_in_child
+
+    def peak_of_one(place, name, *rest):
+        """A process of its own for each side takes seconds: one case has them."""
+        return peak(place, name, *rest) if name == "forward" else None
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(run, "_rate", lambda side, dtype: run.Rate(1.0, 1.0))
+        patch.setattr(theirs, "settle", lambda step: 1)  # which number of threads is fastest proves nothing here
+        patch.setattr(run, "_peak_in_child", peak_of_one)
+        lines = bench(tmp_path_factory.mktemp("measured"), ",".join(CASES))
+    return said.getvalue().split("\n\n"), lines
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_both_sides_of_a_case_agree_and_are_measured(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_rate", lambda side, dtype: run.Rate(1.0, 1.0))
-    if name != "forward":  # a process of its own for each side takes seconds
-        monkeypatch.setattr(run, "_peak_in_child", lambda *args: None)
-    lines = bench(tmp_path, name)
-    out = capsys.readouterr().out
-    assert "equal" in out and "DIFFERENT" not in out
+def test_both_sides_of_a_case_agree_and_are_measured(name, measured):
+    (said,) = [part for part in measured[0] if part.startswith(f"{name}: ")]
+    lines = [one for one in measured[1] if one["case"] == name]
+    assert "equal" in said and "DIFFERENT" not in said
     assert [one["side"] for one in lines][0] == OURS and len(lines) >= 2
     for one in lines:
         assert one["compiles"][1] == 0 and len(one["seconds"]) == 1
         assert name != "forward" or one["peak_bytes"] > 100 * 2**20
+
+
+@pytest.mark.slow
+def test_torch_gets_the_number_of_threads_that_is_fastest():
+    import torch
+
+    from gvl_jax.bench import theirs
+
+    tried, before = [], torch.get_num_threads()
+    try:
+        assert theirs.settle(lambda: tried.append(torch.get_num_threads())) == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(set(tried)) == sorted({1, os.cpu_count()})

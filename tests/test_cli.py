@@ -198,15 +198,15 @@ def test_conversion_there_and_back_is_byte_equal_and_a_difference_is_seen(dtype,
     assert gvl("convert", "from-hf", there, back) == 0
     assert contents(first) == contents(back)
     assert any(name.startswith("model.language_model.") for name in load_file(there / "model.safetensors"))
-    assert gvl("convert", "verify", first, there) == 0
-    assert "largest difference of the logits: 0.0\n" in capsys.readouterr().out
 
     tensors = load_file(there / "model.safetensors")
     name = "model.language_model.norm.weight"
     tensors[name] = np.nextafter(tensors[name], 2).astype(tensors[name].dtype) if dtype == "float32" else -tensors[name]
     save_file(tensors, there / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
     assert gvl("convert", "verify", first, there) == 1
-    assert capsys.readouterr().out.count("model.norm.weight: ") == 1
+    named = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if not line.startswith("tensors ")]
+    assert named[0] == "model.norm.weight" and named[1:] in ([], ["logits"])  # and nothing else
 
 
 def test_conversion_keeps_every_bit_unless_told(model, tmp_path):

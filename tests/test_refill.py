@@ -74,19 +74,31 @@ def collected(sampler, params, prompts, **options) -> dict[int, tuple]:
     return got
 
 
-@pytest.mark.parametrize(("rows", "slots"), [(2, 2), (4, 1), (8, None)])
-def test_refilled_slots_equal_one_prompt_and_one_completion_at_a_time(
-    rows, slots, tokenizer, model, prompts, monkeypatch
-):
-    """Three completions of seven prompts, in fewer slots, whose caches grow and whose columns wrap around."""
-    config, params = model
-    alone = make(tokenizer, config, rows=1, slots=1)
+@pytest.fixture
+def short_chunks(monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 5)
-    expected = collected(alone, params, prompts, group_size=3, seed=4)
-    assert alone.used_steps == sum(int(lengths.sum()) for _, _, lengths, *_ in expected.values())
+
+
+@pytest.fixture(scope="module")
+def alone(tokenizer, model, prompts):
+    """Three completions of seven prompts, one prompt and one completion at a time; and the steps that they used."""
+    config, params = model
+    sampler = make(tokenizer, config, rows=1, slots=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", 5)
+        expected = collected(sampler, params, prompts, group_size=3, seed=4)
+    assert sampler.used_steps == sum(int(lengths.sum()) for _, _, lengths, *_ in expected.values())
     stops = np.concatenate([stopped for _, _, _, stopped, _ in expected.values()])
     assert {END_TOKEN, BUDGET} == set(stops.tolist()), "some must end while others go on"
+    return sampler.used_steps, expected
 
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize(("rows", "slots"), [(2, 2), (4, 1), (8, None)])
+def test_refilled_slots_equal_one_prompt_and_one_completion_at_a_time(rows, slots, tokenizer, model, prompts, alone):
+    """... in fewer slots, whose caches grow and whose columns wrap around."""
+    config, params = model
+    used, expected = alone
     sampler = make(tokenizer, config, rows, slots)
     for index, group in collected(sampler, params, prompts, group_size=3, seed=4).items():
         for name, ours, theirs in zip(
@@ -96,7 +108,7 @@ def test_refilled_slots_equal_one_prompt_and_one_completion_at_a_time(
                 np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
             else:
                 np.testing.assert_array_equal(ours, theirs, err_msg=name)
-    assert sampler.used_steps == alone.used_steps <= sampler.slot_steps
+    assert sampler.used_steps == used <= sampler.slot_steps
 
 
 def test_columns_wrap_around_for_ever(tokenizer, model, prompts, monkeypatch):
@@ -115,15 +127,14 @@ def test_columns_wrap_around_for_ever(tokenizer, model, prompts, monkeypatch):
         np.testing.assert_allclose(group[1], expected[index][1], atol=1e-5, rtol=0)
 
 
-def test_one_long_answer_does_not_hold_up_the_others(tokenizer, model, prompts, monkeypatch):
+@pytest.mark.usefixtures("short_chunks")
+def test_one_long_answer_does_not_hold_up_the_others(tokenizer, model, prompts):
     """Of eight completions one runs to the budget: with refill, slots are idle only at the very end."""
     config, params = model
-    monkeypatch.setattr(module, "CHUNK", 3)
     sampler = make(tokenizer, config, rows=2)
-    many = [prompts[0]] * 24
-    collected(sampler, params, many, group_size=1)
+    groups = collected(sampler, params, [prompts[0]] * 24, group_size=1)
     refilled = sampler.used_steps / sampler.slot_steps
-    lengths = [int(group[2][0]) for _, group in sorted(collected(sampler, params, many, group_size=1).items())]
+    lengths = [int(group[2][0]) for _, group in sorted(groups.items())]
     pairs = np.array(lengths).reshape(-1, 2)
     assert refilled > pairs.sum() / (2 * pairs.max(1).sum()), "no better than waiting for the longest of each batch"
 

@@ -16,7 +16,7 @@ from gvl_jax.data.packing import Layout
 from gvl_jax.guard.prompt import mrope_positions
 from gvl_jax.models.qwen_vl.config import QwenVLConfig, TextConfig, VisionConfig
 from gvl_jax.models.qwen_vl.hub import load_config, save_params
-from gvl_jax.models.qwen_vl.model import abstract_params, init_params
+from gvl_jax.models.qwen_vl.model import abstract_params
 from gvl_jax.types import Example
 
 IMAGE, START, END, VOCAB = 90, 91, 92, 97
@@ -155,5 +155,5 @@ def write_checkpoint(folder: Path, text: str, vocab_size: int) -> Path:
     raw["vision_config"] |= {"num_heads": 2, "out_hidden_size": 32}
     (folder / "files" / "config.json").write_text(json.dumps(raw))
     config = load_config(folder / "files")
-    save_params(folder / "model", init_params(config, 0), config, dtype="float32", source=folder / "files")
+    save_params(folder / "model", tiny_params(config), config, dtype="float32", source=folder / "files")
     return folder / "model"

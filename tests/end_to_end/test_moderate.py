@@ -89,7 +89,7 @@ BAD = [
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Good and bad lines in turn, their pictures beside them, and what each line must become: (id, reason or None)."""
+    """Good and bad lines mixed, their pictures beside them, and what each line must become: (id, reason or None)."""
     folder = tmp_path_factory.mktemp("rows")
     (folder / "sub").mkdir()
     files = {"one": png(60, 90), "two": png(28, 28), "broken": png(60, 90)[:60] + b"\0" * 40, "bomb": bomb()}
@@ -98,9 +98,10 @@ def rows(tmp_path_factory):
     lines: list[bytes] = []
     expected: list[tuple[str, str | None]] = []
     for i, (line, name, reason) in enumerate(BAD):
-        good = GOOD[i % len(GOOD)]
-        lines += [json.dumps(good).encode(), b""]  # blank lines are no rows
-        expected.append((good["id"], None))
+        if i % 2 == 0:
+            good = GOOD[i // 2 % len(GOOD)]
+            lines += [json.dumps(good).encode(), b""]  # blank lines are no rows
+            expected.append((good["id"], None))
         lines.append(
             line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
         )
@@ -223,14 +224,17 @@ def guard(model):
     return Guard(settings)
 
 
-def test_a_picture_is_the_same_as_path_bytes_and_image(model, rows):
+def test_a_picture_is_the_same_as_path_bytes_and_image(guard, rows):
     path = rows[0].parent / "sub" / "one.png"
-    guard = Guard.from_pretrained(model, dtype="float32")
     sources = [path, str(path), path.read_bytes(), Image.open(path)]
     said = [guard.moderate("What is this?", images=[source]) for source in sources]
     assert said[0].tokens > 0 and said[0].flagged and said == [said[0]] * 4
-    assert guard.moderate("What is this?").status != "input_rejected"
     assert guard.moderate(images=[b"GIF89a"]).status == "input_rejected"
+
+
+def test_a_guard_needs_no_more_than_its_checkpoint(model):
+    judged = Guard.from_pretrained(model, dtype="float32").moderate("What is this?")
+    assert judged.tokens > 0 and judged.flagged and judged.status != "input_rejected"
 
 
 def test_fast_goes_by_its_scores_and_auto_reasons_where_they_are_uncertain(model, guard):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import yaml
 from safetensors.numpy import load_file
 from tiny_models import write_checkpoint
 
+from gvl_jax.cli import LOST
 from gvl_jax.data import embedded
 
 pytestmark = pytest.mark.slow
@@ -35,8 +37,11 @@ RL |= {"mixed_share": 0.0, "save_every": 1, "sampling": {"max_new_tokens": 16}, 
 EVAL = COMMON | {"prompts": 2, "sampling": {"temperature": 0, "max_new_tokens": 16}}
 
 
-def start(verb: str, config: Path, processes: int = 1, devices: int = 1, *more: str) -> list[subprocess.Popen]:
-    """`gvl VERB` in so many processes, each with so many devices."""
+COMMANDS = "import json, sys; from gvl_jax.cli import main; sys.exit(max(main(c) for c in json.loads(sys.argv[1])))"
+
+
+def start(*commands: tuple[str, Path], processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
+    """`gvl VERB CONFIG`, one command after the other, in so many processes, each with so many devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -45,7 +50,7 @@ def start(verb: str, config: Path, processes: int = 1, devices: int = 1, *more: 
     together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "gvl_jax.cli", verb, str(config), *more],
+            [sys.executable, "-c", COMMANDS, json.dumps([(verb, str(config)) for verb, config in commands])],
             env=environment | (together | {"JAX_PROCESS_ID": str(number)} if processes > 1 else {}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -53,10 +58,9 @@ def start(verb: str, config: Path, processes: int = 1, devices: int = 1, *more: 
     ]  # fmt: skip
 
 
-def finish(running: list[subprocess.Popen], code: int = 0) -> list[str]:
-    said = [one.communicate(timeout=200)[0] for one in running]
-    assert [one.returncode for one in running] == [code] * len(running), "\n".join(said)
-    return said
+def finish(running: list[subprocess.Popen]) -> None:
+    said = [one.communicate(timeout=900)[0] for one in running]
+    assert not any(one.returncode for one in running), "\n".join(said)
 
 
 def write(folder: Path, name: str, settings: dict) -> Path:
@@ -74,12 +78,13 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(world):
-    """SFT and RL in one process with one device."""
+    """SFT, RL and evaluation in one process with one device."""
     folder, base = world
-    train = {"train": [str(folder / "data" / "train.jsonl")]}
-    for verb, settings in (("sft", SFT), ("rl", RL)):
-        finish(start(verb, write(folder, f"{verb}_alone", settings | base | train)))
-    return folder, base | train
+    given = base | {"train": [str(folder / "data" / "train.jsonl")]}
+    heldout = base | {"data": [str(folder / "data" / "heldout.jsonl")]}
+    stages = {"sft": SFT | given, "rl": RL | given, "eval": EVAL | heldout}
+    finish(start(*((verb, write(folder, f"{verb}_alone", settings)) for verb, settings in stages.items())))
+    return folder, given, heldout
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
@@ -93,65 +98,58 @@ def assert_close(run: Path, other: Path) -> None:
     assert worst < 1e-5, worst
 
 
-@pytest.mark.parametrize(("processes", "devices", "mesh"), [(2, 1, {"fsdp": 2}), (4, 1, {"fsdp": 2})])
-def test_sft_of_several_processes_makes_the_model_of_one(alone, processes, devices, mesh):
-    folder, given = alone
-    config = write(folder, f"sft_{processes}", SFT | given | {"mesh": mesh})
-    finish(start("sft", config, processes, devices))
-    assert_close(folder / f"sft_{processes}", folder / "sft_alone")
-    read = lambda run: [json.loads(line)["train/loss"] for line in (folder / run / "metrics.jsonl").open()]  # noqa: E731
-    np.testing.assert_allclose(read(f"sft_{processes}"), read("sft_alone"), atol=1e-5)
+def logged(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
-def test_rl_of_two_processes_makes_the_model_of_one(alone):
-    folder, given = alone
-    finish(start("rl", write(folder, "rl_2", RL | given | {"mesh": {"fsdp": 2}}), 2, 1))
-    assert_close(folder / "rl_2", folder / "rl_alone")
-    one, two = ([json.loads(line) for line in (folder / run / "metrics.jsonl").open()] for run in ("rl_alone", "rl_2"))
-    for a, b in zip(one, two, strict=True):
+def assert_same_sft(run: Path, other: Path) -> None:
+    assert_close(run, other)
+    ours, theirs = ([row["train/loss"] for row in logged(one)] for one in (run, other))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_sft_of_four_processes_makes_the_model_of_one(alone):
+    folder, given, _ = alone
+    config = write(folder, "sft_4", SFT | given | {"mesh": {"fsdp": 2}})
+    finish(start(("sft", config), processes=4))
+    assert_same_sft(folder / "sft_4", folder / "sft_alone")
+
+
+@pytest.fixture(scope="module")
+def together(alone):
+    """RL and evaluation by two processes of two devices; a weight of RL lies on all four."""
+    folder, given, heldout = alone
+    training = write(folder, "rl_2", RL | given | {"mesh": {"fsdp": 4}})
+    finish(start(("rl", training), ("eval", write(folder, "eval_2", EVAL | heldout)), processes=2, devices=2))
+    return folder
+
+
+def test_rl_of_two_processes_makes_the_model_of_one(together):
+    assert_close(together / "rl_2", together / "rl_alone")
+    for a, b in zip(logged(together / "rl_alone"), logged(together / "rl_2"), strict=True):
         for name in ("reward/total", "rollout/tokens", "train/loss", "train/clip", "train/ratio", "rollout/f1_request"):
             assert a[name] == pytest.approx(b[name], abs=1e-5), name
 
 
-def test_evaluation_by_two_processes_of_two_devices_writes_what_one_writes(alone):
-    folder, given = alone
-    heldout = {"model": given["model"], "data": [str(folder / "data" / "heldout.jsonl")]}
-    finish(start("eval", write(folder, "eval_alone", EVAL | heldout)))
-    finish(start("eval", write(folder, "eval_2", EVAL | heldout), 2, 2))
+def test_evaluation_by_two_processes_of_two_devices_writes_what_one_writes(together):
     for result in ("scores.json", "samples.jsonl"):
-        assert (folder / "eval_2" / result).read_bytes() == (folder / "eval_alone" / result).read_bytes()
+        assert (together / "eval_2" / result).read_bytes() == (together / "eval_alone" / result).read_bytes()
 
 
-def test_a_process_that_dies_ends_the_job_and_the_same_command_goes_on(alone):
-    folder, given = alone
+def test_a_process_that_dies_ends_the_job_and_the_same_command_goes_on_to_the_model_of_one(alone):
+    folder, given, _ = alone
     config = write(folder, "sft_died", SFT | given | {"mesh": {"fsdp": 2}})
-    running = start("sft", config, 2, 1)
+    running = start(("sft", config), processes=2)
     checkpoints = folder / "sft_died" / "checkpoints"
     while not (checkpoints / "2").exists():
         assert running[0].poll() is None, running[0].communicate()[0]
         time.sleep(0.05)
     running[1].kill()
-    last = running[0].communicate(timeout=200)[0].strip().splitlines()
-    assert running[0].returncode != 0 and last, last
-    finish(start("sft", config, 2, 1))
-    assert_close(folder / "sft_died", folder / "sft_alone")
-
-
-@pytest.mark.parametrize("verb", ["sft", "rl"])
-def test_sigterm_saves_says_so_with_its_code_and_the_run_goes_on_to_the_same_bits(alone, verb):
-    folder, given = alone
-    name = f"{verb}_term"
-    config = write(folder, name, {"sft": SFT, "rl": RL}[verb] | given)
-    running = start(verb, config)
-    while not (folder / name / "metrics.jsonl").exists() or not (folder / name / "metrics.jsonl").stat().st_size:
-        assert running[0].poll() is None, running[0].communicate()[0]
-        time.sleep(0.02)
-    running[0].send_signal(signal.SIGTERM)
-    (said,) = finish(running, 75)
-    assert "the same command goes on from there" in said.splitlines()[-1] and "Traceback" not in said
-    finish(start(verb, config))
-    ours, theirs = weights(folder / name), weights(folder / f"{verb}_alone")
-    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+    (said, _), code = running[0].communicate(timeout=900), running[0].returncode
+    # ours, where a sum over all fails first; JAX's coordination service, which aborts, where it hears of it first
+    assert code in (LOST, -signal.SIGABRT) and re.search("another process has gone|another task died", said), said
+    finish(start(("sft", config), processes=2))
+    assert_same_sft(folder / "sft_died", folder / "sft_alone")
 
 
 KILLS = int(os.environ.get("GVL_KILLS", "0"))
@@ -160,16 +158,16 @@ KILLS = int(os.environ.get("GVL_KILLS", "0"))
 @pytest.mark.skipif(not KILLS, reason="minutes of killing, by hand: GVL_KILLS=10 pytest -k random_moments")
 @pytest.mark.parametrize("verb", ["sft", "mine", "rl"])
 def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(alone, verb):
-    folder, given = alone
+    folder, given, _ = alone
     settings = {"sft": SFT, "mine": MINE, "rl": RL}[verb] | given
     whole, name = folder / f"{verb}_alone", f"{verb}_killed"
     if verb == "mine":
         whole = folder / "mine_whole"
-        finish(start(verb, write(folder, "mine_whole", settings)))
+        finish(start((verb, write(folder, "mine_whole", settings))))
     rng, config, kills, last = np.random.default_rng(0), write(folder, name, settings), 0, False
     while not last:
         last = kills == KILLS  # this one goes to its end
-        (running,) = start(verb, config)
+        (running,) = start((verb, config))
         while not last and running.poll() is None and not (folder / name).exists():  # it begins
             time.sleep(0.02)
         with suppress(subprocess.TimeoutExpired):

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +13,15 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from tiny_models import tiny_params
 
 from gvl_jax import evaluate, mine, rl, sft
-from gvl_jax.cli import main
+from gvl_jax.cli import AGAIN, main
 from gvl_jax.data import embedded, tiny
 from gvl_jax.data.records import load_records
 from gvl_jax.guard.prompt import answer_text
 from gvl_jax.losses import clip_schedule
 from gvl_jax.models.qwen_vl.hub import load_config, save_params
-from gvl_jax.models.qwen_vl.model import init_params
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +85,7 @@ def folder(tmp_path_factory):
     raw["vision_config"] |= {"num_heads": 2, "out_hidden_size": 32}
     (files / "config.json").write_text(json.dumps(raw))
     config = load_config(files)
-    save_params(folder / "base", init_params(config, 0), config, dtype="float32", source=files)
+    save_params(folder / "base", tiny_params(config), config, dtype="float32", source=files)
     return folder
 
 
@@ -237,7 +239,7 @@ KILL = """
 import os, sys
 import jax
 from gvl_jax import sft
-from gvl_jax.cli import main
+from gvl_jax.cli import AGAIN, main
 
 jax.config.update("jax_num_cpu_devices", 8)  # as in this process: the last bits depend on how work is split
 
@@ -327,6 +329,30 @@ def test_rl_that_was_interrupted_goes_on_to_the_same_bits(runs, settings, tmp_pa
     assert weights(tmp_path / "rl") == weights(runs / "rl")
     assert log(tmp_path / "rl") == log(runs / "rl")
     assert rows(tmp_path / "rl" / "samples.jsonl") == rows(runs / "rl" / "samples.jsonl")
+
+
+@pytest.mark.parametrize("stage, module", [("sft", sft), ("rl", rl)])
+def test_sigterm_saves_says_so_with_its_code_and_the_run_goes_on_to_the_same_bits(
+    stage, module, runs, settings, tmp_path, monkeypatch, capsys
+):
+    class Asked(module.MetricsWriter):
+        def write(self, step, metrics):
+            super().write(step, metrics)
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    args = command(stage, tmp_path / stage, settings[stage] | {"save_every": 9})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "MetricsWriter", Asked)
+        assert main(args) == AGAIN
+    said = capsys.readouterr().err
+    assert "the same command goes on from there" in said.splitlines()[-1] and "Traceback" not in said
+    saved, parts = {"sft": ("3", 0), "rl": ("2", 1)}[stage]  # a step of SFT is logged while the next one is computed
+    assert [path.name for path in (tmp_path / stage / "checkpoints").iterdir() if path.name.isdigit()] == [saved]
+    assert len(list((tmp_path / stage).rglob("*.npz"))) == parts  # what RL has of the step that was broken off
+    assert main(args) == 0
+    assert weights(tmp_path / stage) == weights(runs / stage)
+    assert [row["train/loss"] for row in log(tmp_path / stage)] == [row["train/loss"] for row in log(runs / stage)]
 
 
 @pytest.mark.parametrize("stage, module, log_name, result", [

@@ -53,7 +53,7 @@ def sft_gradient(config, mesh):
 
 def rl_gradient(config, mesh):
     """(loss, gradients) of a clipped update on 8 prompts, some of them text, with 3 completions each."""
-    rng, where = np.random.default_rng(0), layout(config, 256, 512)._replace(shared=INSTRUCTION)
+    rng, where = np.random.default_rng(0), layout(config, 512)._replace(shared=INSTRUCTION)
     prompts = [example(rng, count, SIDES) for count in [0, 2, 1, 0, 1, 3, 0, 1]]
     prompts = [continued(p._replace(tokens=np.append(INSTRUCTION, p.tokens)), []) for p in prompts]
     length = max(len(p.tokens) for p in prompts)

@@ -114,6 +114,11 @@ def abstract_params(config: QwenVLConfig) -> dict:
     return nnx.to_pure_dict(_abstract(config)[1])
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def _init(key, config: QwenVLConfig) -> dict:
+    return nnx.to_pure_dict(nnx.state(QwenVL(config, rngs=nnx.Rngs(key))))
+
+
 def init_params(config: QwenVLConfig, seed: int) -> dict:
     """Random parameters, fp32."""
-    return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(QwenVL(config, rngs=nnx.Rngs(key)))))(jax.random.key(seed))
+    return _init(jax.random.key(seed), config)
