@@ -169,7 +169,7 @@ class Guard:
             self.sampler.layout.bucket(*example_sizes([example], self.sampler.layout)[0, 1:])
         except SampleRejected:
             raise
-        except ValueError as error:  # a user turn whose tags are not its images; more patches than a buffer holds
+        except ValueError as error:  # more patches than a buffer holds
             raise SampleRejected("invalid", str(error)) from error
         return example
 
