@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         code, why = _again(error)
         if code:
-            print(f"gvl {verb}: {why}; the same command goes on from there", file=sys.stderr)
+            print(f"gvl {verb}: {why}; the same command goes on from there", file=sys.stderr, flush=True)
+            if code == LOST:
+                os._exit(code)  # at a common exit JAX would wait for the other one, and abort in the end
             return code
         if os.environ.get("GVL_TRACEBACK"):
             raise

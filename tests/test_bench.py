@@ -23,7 +23,7 @@ from gvl_jax.cost import Work
 from gvl_jax.decoding import Vocabulary, decode, empty_state
 from gvl_jax.losses import token_logprobs
 from gvl_jax.models.qwen_vl.attention import Prompt
-from gvl_jax.models.qwen_vl.model import abstract_params, bind
+from gvl_jax.models.qwen_vl.model import NOTHING, abstract_params, bind
 from gvl_jax.types import Vision
 
 SMALL = Workload(
@@ -52,8 +52,8 @@ def test_prefill_flops_are_what_xla_counts():
 
     def prefill(params):
         model = bind(config, params)
-        x = model.embed(row)
-        return model.text(x, jnp.zeros((3, 2, length), jnp.int32), row + 1)
+        x = model.embed(row)[:, None]
+        return model.text.extend(x, jnp.zeros((3, 2, 1, length), jnp.int32), row[:, None] + 1, NOTHING)
 
     near(cost.prefill(config, 2, length).flops, counted(prefill, abstract_params(config)))
 
@@ -105,7 +105,8 @@ def test_a_training_step_is_three_forwards_and_the_head_four():
     row = jnp.zeros((1, length), jnp.int32)
 
     def layers(params):
-        return bind(config, params).text(bind(config, params).embed(row), jnp.zeros((3, 1, length), jnp.int32), row + 1)
+        model, order = bind(config, params), jnp.zeros((3, 1, 1, length), jnp.int32)
+        return model.text.extend(model.embed(row)[:, None], order, row[:, None] + 1, NOTHING)
 
     forward = cost.prefill(config, 1, length)
     near(

@@ -152,6 +152,7 @@ def test_launchers_are_told_to_start_again_what_may_go_better(error, processes, 
 
     monkeypatch.setitem(VERBS, "sft", stage)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     assert gvl("sft") == code
     said = capsys.readouterr().err
     assert str(error) in said and ("the same command goes on from there" in said) == (code > 1)

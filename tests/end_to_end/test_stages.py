@@ -166,7 +166,7 @@ def test_the_logged_numbers_have_their_names_and_are_finite(runs):
         "step", "reward/total", "reward/safety", "reward/format", "reward/request", "reward/response", "reward/length",
         "rollout/tokens", "rollout/tokens_p50", "rollout/tokens_p95", "rollout/tokens_p99", "rollout/tokens_p100",
         "rollout/idle_share", "rollout/truncated", "rollout/useful_groups", "rollout/f1_request",
-        "rollout/f1_response", "train/clip",
+        "rollout/f1_response", "train/clip", "train/tokens",
         "train/sampler_gap", "train/loss", "train/grad_norm", "train/ratio", "train/ratio_max", "train/clipped",
         "train/approx_kl", "train/entropy", "train/learning_rate",
     }  # fmt: skip
