@@ -1,5 +1,6 @@
 """The command as people mistype it: one clear line, the right exit code, nothing written."""
 
+import os
 import shutil
 import sys
 
