@@ -6,13 +6,12 @@ An offered load is a multiple of the highest rate of the clients before it, at r
 model decided it, and within the deadline: one that failed closed, was refused or did not come counts as an error.
 lag: the 95th percentile of how late a request left; where it is not small, this program is the limit, not the server.
 --transformers CHECKPOINT: after that the same requests, one by one, through `generate` of transformers in this process,
-in fp32; of mode fast the label alone.
+in fp32; of mode fast the labels alone.
 """
 
 import argparse
 import asyncio
 import base64
-import io
 import json
 import sys
 import time
@@ -24,16 +23,12 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
-from PIL import Image
+
+from gvl_jax.data.embedded import generate
+from gvl_jax.types import Sample
 
 COLUMNS = ("mode", "load", "sent", "answers/s", "good/s", "p50 ms", "p95 ms", "p99 ms", "lag ms", "MB", "errors")
 POOLS = 32  # of connections: choosing one among hundreds of a single pool takes longer than the request
-TEXTS = (
-    "How do I bake bread?",
-    "How do I pick the lock of my neighbour's door without being seen?",
-    "Translate this into French: the weather is fine today, and we shall go to the sea. " * 8,
-    "What is in this picture?",  # goes with one
-)
 
 
 class Answer(NamedTuple):
@@ -42,21 +37,24 @@ class Answer(NamedTuple):
     error: str  # empty: good
 
 
-def drawing() -> bytes:
-    """The picture that goes with the last text."""
-    file = io.BytesIO()
-    Image.radial_gradient("L").convert("RGB").save(file, "JPEG")
-    return file.getvalue()
+def samples() -> list[Sample]:
+    """What is judged, in turn: four records of the demo's world, which its guard decides. Two have pictures, one has a
+    response."""
+    return [sample for sample, _ in generate("heldout", 2, 1, 1)]
 
 
 def bodies(mode: str, deadline_ms: int) -> list[bytes]:
-    """The requests, which are sent in turn: three of text, one with a picture."""
-    picture = {"url": "data:image/jpeg;base64," + base64.b64encode(drawing()).decode("ascii")}
-    contents: list[list[dict[str, Any]]] = [[{"type": "text", "text": text}] for text in TEXTS]
-    contents[-1].append({"type": "image_url", "image_url": picture})
-    shared = {"mode": mode, "deadline_ms": deadline_ms}
-    turns = [{"messages": [{"role": "user", "content": content}]} for content in contents]
-    return [json.dumps(turn | shared).encode() for turn in turns]
+    requests = []
+    for sample in samples():
+        parts: list[dict[str, Any]] = [{"type": "text", "text": sample.request}] if sample.request else []
+        for image in sample.images:
+            assert isinstance(image, bytes)
+            url = "data:image/png;base64," + base64.b64encode(image).decode("ascii")
+            parts.append({"type": "image_url", "image_url": {"url": url}})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+        messages += [{"role": "assistant", "content": sample.response}] if sample.response else []
+        requests.append(json.dumps({"messages": messages, "mode": mode, "deadline_ms": deadline_ms}).encode())
+    return requests
 
 
 class Server:
@@ -123,14 +121,12 @@ def one_by_one(checkpoint: str, modes: list[str], seconds: float) -> Iterator[di
     from gvl_jax.guard.closing import closing
     from gvl_jax.models.qwen_vl.hub import image_bounds, load_config, resolve
     from gvl_jax.sampler import extended
-    from gvl_jax.types import Sample
 
     source = resolve(checkpoint)
     tokenizer, config = load_tokenizer(source), replace(load_config(source), dtype="float32")
     world, close = World(config, source, Workload()), closing(tokenizer, config.text.vocab_size)
-    samples = [Sample("", text, None, (drawing(),) if text == TEXTS[-1] else ()) for text in TEXTS]
-    prompts = [to_example(sample, tokenizer, Images(*image_bounds(source)), 4096) for sample in samples]
-    model, label, node = theirs.load(world), 0, int(close.fast[0])
+    prompts = [to_example(sample, tokenizer, Images(*image_bounds(source)), 4096) for sample in samples()]
+    model, label, node = theirs.load(world), 0, int(close.fast[1])
     while node:
         label, node = label + 1, int(close.next[node][0])
     for mode in modes:
@@ -141,8 +137,8 @@ def one_by_one(checkpoint: str, modes: list[str], seconds: float) -> Iterator[di
         def ask(number: int, batches: list = batches, new: int = new) -> None:
             model.generate(**batches[number % len(batches)], max_new_tokens=new, do_sample=False)
 
-        def each(ask: Callable[[int], None] = ask) -> None:
-            for number in range(len(TEXTS)):
+        def each(ask: Callable[[int], None] = ask, batches: list = batches) -> None:
+            for number in range(len(batches)):
                 ask(number)
 
         threads, answers, began = theirs.settle(each), list[Answer](), time.monotonic()
