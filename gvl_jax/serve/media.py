@@ -41,13 +41,11 @@ class MediaPool:
         """The picture upright in RGB and in the size of its smart resize, see `decoder.bounded`.
 
         At most `workers` pictures are decoded at a time, the others wait. deadline: on the clock of time.monotonic.
-        Raises ImageRejected: what `open_image` refuses, `timeout` and `crashed`.
+        Raises TimeoutError at the deadline; ImageRejected: what `open_image` refuses, `timeout` (of its own) and
+        `crashed`.
         """
-        try:
-            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-                worker = await self._idle.get()
-        except TimeoutError as error:
-            raise ImageRejected("timeout", "the deadline passed before a decoder was free") from error
+        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+            worker = await self._idle.get()
         reply = None
         try:
             if worker is not None and worker.poll() is not None:
@@ -60,6 +58,8 @@ class MediaPool:
             async with asyncio.timeout(seconds + GRACE):
                 reply = await asyncio.to_thread(_ask, worker, source, seconds)
         except TimeoutError as error:
+            if seconds < self.seconds:
+                raise
             raise ImageRejected("timeout", f"no answer of the decoder after {seconds + GRACE:.1f} s") from error
         except (OSError, EOFError) as error:
             raise ImageRejected("crashed", "the decoder ended") from error
@@ -68,6 +68,8 @@ class MediaPool:
                 self._kill(worker)
             self._idle.put_nowait(None if reply is None else worker)
         if isinstance(reply, ImageRejected):
+            if reply.reason == "timeout" and seconds < self.seconds:
+                raise TimeoutError("the deadline passed before the picture was decoded")
             raise reply
         return reply
 
