@@ -1,5 +1,6 @@
 """Checkpoints on disk to parameters and back, without torch and without pickle. keys.py says what goes where."""
 
+import functools
 import itertools
 import json
 import os
@@ -347,17 +348,32 @@ def _write_shard(path: Path, tensors: dict[str, tuple[Weight, int]], leaves: dic
 def _stored(leaves: dict[str, Array], weight: Weight, layer: int, dtype: np.dtype) -> Iterator[np.ndarray]:
     """One tensor as the checkpoint stores it, in blocks of rows: the inverse of `_read`. Of a distributed state every
     device gets a copy of the block."""
-    before = (slice(None),) * len(weight.inputs)
     outputs, size = weight.outputs[0], prod(weight.inputs) * prod(weight.outputs[1:]) * 4
     step = min(outputs, max(1, BLOCK // size))
     for path in weight.paths:
-        leaf = leaves[path][layer] if weight.layers else leaves[path]
         for at in range(0, outputs, step):
-            block = leaf[(*before, slice(at, at + step))]
-            if isinstance(block, jax.Array) and not block.is_fully_addressable:
-                block = multihost_utils.process_allgather(block, tiled=True)
+            block = _block(leaves[path], layer if weight.layers else None, at, step, len(weight.inputs))
             # contiguous: the file gets the buffer, whatever the strides
-            yield np.ascontiguousarray(np.asarray(block).reshape(prod(weight.inputs), -1).T, dtype)
+            yield np.ascontiguousarray(block.reshape(prod(weight.inputs), -1).T, dtype)
+
+
+def _block(leaf: Array, layer: int | None, at: int, size: int, axis: int) -> np.ndarray:
+    """Outputs at … at + size, or to the end, on the host; layer: of a stack."""
+    before = (slice(None),) * axis
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        one = leaf if layer is None else leaf[layer]
+        return np.asarray(one[(*before, slice(at, at + size))])
+    start = min(at, leaf.shape[axis + (layer is not None)] - size)  # of the last block, which has the same shape
+    which = None if layer is None else np.int32(layer)
+    block = multihost_utils.process_allgather(_cut(leaf, which, np.int32(start), size=size, axis=axis), tiled=True)
+    return block[(*before, slice(at - start, None))]
+
+
+@functools.partial(jax.jit, static_argnames=("size", "axis"))
+def _cut(leaf, layer, start, *, size: int, axis: int):
+    """A block, split as its array is. Its place is an argument: a program for each would take more memory than it."""
+    one = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    return jax.lax.dynamic_slice_in_dim(one, start, size, axis)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
