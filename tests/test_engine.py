@@ -200,9 +200,9 @@ def test_what_cannot_be_read_blocks(engine, monkeypatch):
 
 def test_a_deadline_is_kept_while_the_device_hangs(engine, monkeypatch):
     async def late():
-        with held(monkeypatch):
+        with held(monkeypatch) as gate:
             running = asyncio.create_task(engine.judge(SAMPLES[0], deadline=time.monotonic() + 2))
-            await until(lambda: engine.running == 1)
+            await until(lambda: gate.reached == 1)
             waiting = asyncio.create_task(engine.judge(SAMPLES[0], deadline=time.monotonic() + 0.1))
             past = asyncio.create_task(engine.judge(SAMPLES[0], deadline=time.monotonic() - 1))
             before = engine.counters()
