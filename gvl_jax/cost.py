@@ -1,11 +1,12 @@
 """What each stage computes and keeps, by formula from the model's shape. Numbers only: no arrays, no clock.
 
-A multiply-add is 2 FLOPs. Attention counts every query-key pair of the rectangle it is computed on, masked pairs
-included. Norms, rotary embeddings, softmax and activations are left out: under 2 % at the widths of 3B and 7B.
+A multiply-add is 2 FLOPs. Attention counts every query-key pair that is computed, those that a mask hides included.
+Norms, rotary embeddings, softmax and activations are left out: under 2 % at the widths of 3B and 7B.
 """
 
 from typing import NamedTuple
 
+from gvl_jax.models.qwen_vl.attention import BLOCK
 from gvl_jax.models.qwen_vl.config import QwenVLConfig, TextConfig, VisionConfig
 
 TRAIN = 3  # passes of a training step: forward, gradient of the inputs, gradient of the weights
@@ -70,13 +71,22 @@ def decode_weight_bytes(config: QwenVLConfig) -> int:
     return weights * itemsize(config)
 
 
-def rows(config: QwenVLConfig, count: int, length: int, patches: tuple[int, ...] = (), before: int = 0) -> Work:
+def row_pairs(length: int, block: int = BLOCK) -> int:
+    """Query-key pairs of a row of `length` tokens: a block of queries at a time, over the keys up to its last."""
+    ends = [*range(block, length, block), length]
+    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+
+
+def rows(
+    config: QwenVLConfig, count: int, length: int, patches: tuple[int, ...] = (), before: int = 0, *,
+    block: int = BLOCK,
+) -> Work:  # fmt: skip
     """`count` rows of `length` tokens that see `before` others, which are there already, and the pictures; no logits.
 
-    patches: of every picture.
+    patches: of every picture. block: of queries, see `row_pairs`; for another library that of a whole row.
     """
     tokens = count * length
-    flops = decoder_flops(config.text, tokens, tokens * (before + length))
+    flops = decoder_flops(config.text, tokens, tokens * before + count * row_pairs(length, block))
     flops += sum(vision_flops(config.vision, p) for p in patches)
     return Work(tokens, flops, kv_bytes(config, tokens), 0.0)
 

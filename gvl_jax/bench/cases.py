@@ -13,6 +13,7 @@ from gvl_jax.bench import elsewhere, inputs, ours
 from gvl_jax.bench.inputs import World
 from gvl_jax.cost import Work
 from gvl_jax.data.packing import pack_queue
+from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.types import Example
 
 Build = Callable[
@@ -64,7 +65,7 @@ def forward(world: World) -> Case:
         {
             OURS: Side(lambda: ours.forward(world, examples), shared + head),
             PEER: Side(
-                lambda: _theirs().forward(world, examples), cost.prefill(config, rows, size.prompt, pictures) + head
+                lambda: _theirs().forward(world, examples), _rows_of_a_peer(config, rows, size.prompt, pictures) + head
             ),
         },
         lambda world, a, b: [_close(world, "logits", a, b)],
@@ -78,28 +79,25 @@ def rollout(world: World) -> Case:
     one: dict[str, Any] = {"rows": 1, "lengths": (size.prompt,)}
     many = one | {"rows": size.group_size, "temperature": ours.TEMPERATURE}
     pictures = (size.patches,) * size.group_size
-    work = {
-        shared: cost.rollout(config, size.prompt, (size.patches,), size.group_size, size.new, shared=shared)
-        for shared in (True, False)
-    }
+    decoded = cost.decode(config, size.group_size, 1, size.prompt, size.new)
     return Case(
         f"{size.group_size} completions of {size.new} tokens at temperature {ours.TEMPERATURE} on a prompt of "
         f"{size.prompt}; compared: greedy ones",
         {
             OURS: Side(
                 lambda: ours.generate(world, examples, size.new, **drawn, **one),
-                work[True],
+                cost.rollout(config, size.prompt, (size.patches,), size.group_size, size.new, shared=True),
                 lambda: ours.generate(world, examples, size.new, **one),
             ),
             PEER: Side(
                 lambda: _theirs().generate(world, examples, size.new, **drawn),
-                work[False],
+                _rows_of_a_peer(config, size.group_size, size.prompt, pictures) + decoded,
                 lambda: _theirs().generate(world, examples, size.new, ban=True),
             ),
             REPEATED: Side(
                 lambda: ours.generate(world, examples * size.group_size, size.new, **many),
                 cost.prefill(config, size.group_size, size.prompt - size.instruction, pictures, size.instruction)
-                + cost.decode(config, size.group_size, 1, size.prompt, size.new),
+                + decoded,
                 lambda: ours.generate(world, examples, size.new, **one | {"rows": 4}),
             ),
         },
@@ -175,7 +173,7 @@ def sft(world: World) -> Case:
     mine = Work(sum(w.tokens for w in forward), sum(w.flops for w in forward) + pictures, 0, 0.0)
     count = size.trainer_batch
     padded = [(len(part), max(len(e.tokens) for e in part)) for part in _parts(samples, count)]
-    their_forward = [cost.prefill(config, rows, longest) for rows, longest in padded]
+    their_forward = [_rows_of_a_peer(config, rows, longest) for rows, longest in padded]
     other = Work(sum(w.tokens for w in their_forward), sum(w.flops for w in their_forward) + pictures, 0, 0.0)
     real = sum(len(e.tokens) for e in samples)
     return Case(
@@ -210,7 +208,7 @@ def moderate(world: World) -> Case:
     mine += cost.decode(config, rows, 1, bucket, size.verdict)
     real = sum(len(e.tokens) for e in examples)
     pictures = tuple(len(e.patches) for e in examples if len(e.grids))
-    other = cost.prefill(config, len(examples), longest, pictures)
+    other = _rows_of_a_peer(config, len(examples), longest, pictures)
     other += cost.decode(config, len(examples), 1, longest, size.verdict)
     return Case(
         f"{len(examples)} requests of {min(len(e.tokens) for e in examples)} to {longest} tokens, {len(pictures)} "
@@ -241,6 +239,11 @@ def text_cases(python: str) -> dict[str, Callable[[World], Case]]:
     """The cases that need this interpreter. Raises ValueError if its environment has no google-tunix."""
     case = partial(text_rollout, python=python, versions=elsewhere.versions(python))
     return {"rollout_text": partial(case, temperature=ours.TEMPERATURE), "greedy_text": partial(case, temperature=0.0)}
+
+
+def _rows_of_a_peer(config: QwenVLConfig, count: int, length: int, patches: tuple[int, ...] = ()) -> Work:
+    """Padded rows, whose attention is computed whole."""
+    return cost.rows(config, count, length, patches, block=length)
 
 
 def _parts(samples: list[Example], size: int) -> list[list[Example]]:

@@ -16,6 +16,7 @@ from gvl_jax.types import Array
 
 MASKED = -1e30  # not -inf: a row with no key left stays finite
 QUERIES = 1024  # patches whose scores over all patches exist at a time
+BLOCK = 256  # tokens of a row whose scores are computed together, over the keys up to the last of them
 
 
 class Prompt(NamedTuple):
@@ -55,10 +56,12 @@ def attend_in_segments(q, k, v, segments):
     return lax.map(some, (q, own)).reshape(-1, *v.shape[1:])[:P]
 
 
-def packed_mask(segments):
-    """segments i32[..., T] → bool[..., T, T]: a token sees its own segment up to itself. Padding sees padding."""
-    same = segments[..., :, None] == segments[..., None, :]
-    return same & jnp.broadcast_to(jnp.tri(segments.shape[-1], dtype=bool), same.shape)
+def packed_mask(segments, first: int = 0):
+    """segments i32[..., T] → bool[..., T - first, T]: a token, from the `first` on, sees its own segment up to itself.
+    Padding sees padding."""
+    T = segments.shape[-1]
+    same = segments[..., first:, None] == segments[..., None, :]
+    return same & jnp.broadcast_to(jnp.tri(T - first, T, first, dtype=bool), same.shape)
 
 
 def heads_first(a):
@@ -71,8 +74,20 @@ def in_rows(segments):
     themselves: attend(q, k, v, prompt, instruction)."""
     if alone_on_tpu():
         return lambda q, k, v, *before: splash.attend_after(q, k, v, segments, *before)
-    mask = packed_mask(segments)
-    return lambda q, k, v, *before: attend_after(q, k, v, mask, *before)
+    J = segments.shape[-1]
+    blocks = [(first, min(first + BLOCK, J)) for first in range(0, J, BLOCK)]
+    masks = [packed_mask(segments[..., :stop], first) for first, stop in blocks]
+
+    def attend(q, k, v, *before):  # of a long row little more than half of the pairs
+        return jnp.concatenate(
+            [
+                attend_after(q[:, :, first:stop], k[..., :stop, :], v[..., :stop, :], mask, *before)
+                for (first, stop), mask in zip(blocks, masks, strict=True)
+            ],
+            axis=2,
+        )
+
+    return attend
 
 
 def attend_after(q, k, v, mask, prompt=None, instruction=None):
