@@ -48,7 +48,7 @@ class Example(NamedTuple):
     tokens: np.ndarray  # i32[T] prompt, then answer (if any)
     loss_mask: np.ndarray  # bool[T] True on answer tokens: the ones that are predicted
     positions: np.ndarray  # i32[3, T] M-RoPE: time, height, width
-    patches: np.ndarray  # f32[P, C] all images, in the reference's order (merge blocks, row by row)
+    patches: np.ndarray  # u8[P, C] levels of all images, in the reference's order (merge blocks, row by row)
     grids: np.ndarray  # i32[n, 3] one (t, h, w) per image, in patches
     merged: np.ndarray | None = None  # [ΣM, D] what a frozen vision tower made of the patches, in reading order
 
@@ -60,7 +60,7 @@ class Vision(NamedTuple):
     patches of a window. Padding patches have image 0 and appear in no window.
     """
 
-    patches: Array  # f32[P, C]
+    patches: Array  # u8[P, C] R, then G, then B of each
     coords: Array  # i32[P, 2] row and column of the patch in its image: the rotary position
     image: Array  # i32[P] which image, from 1; 0 = padding. Full-attention blocks stay inside an image
     windows: Array  # i32[W, U] the patch in each slot of each window; P = empty slot

@@ -47,7 +47,7 @@ def near(formula: float, count: float) -> None:
 
 
 def test_prefill_flops_are_what_xla_counts():
-    config, length = one_layer(), 96
+    config, length = one_layer(), 600  # three blocks of queries, the last one smaller
     row = jnp.zeros((2, length), jnp.int32)
 
     def prefill(params):
@@ -91,7 +91,7 @@ def test_vision_flops_are_what_xla_counts(full, monkeypatch):
     config = replace(config, vision=vision)
     numbers = np.arange(patches, dtype=np.int32)
     batch = Vision(
-        np.zeros((patches, vision.patch_dim), np.float32), np.zeros((patches, 2), np.int32), numbers * 0 + 1,
+        np.zeros((patches, vision.frame_dim), np.uint8), np.zeros((patches, 2), np.int32), numbers * 0 + 1,
         numbers.reshape(-1, 64), numbers,
     )  # fmt: skip
     near(

@@ -43,7 +43,7 @@ def example(rng: np.random.Generator, text: int, *grids: tuple[int, int]) -> Exa
         tokens=tokens.astype(np.int32),
         loss_mask=np.arange(len(tokens)) >= len(tokens) // 2,
         positions=rng.integers(0, 99, (3, len(tokens))).astype(np.int32),
-        patches=rng.normal(size=(count, 1176)).astype(np.float32) if count else np.zeros((0, 0), np.float32),
+        patches=rng.integers(0, 256, (count, 588), np.uint8),
         grids=grid,
     )
 
@@ -247,7 +247,7 @@ def realistic(seed: int, count: int, length: int) -> list[Example]:
         patches = int(grids.prod(axis=1).sum())
         tokens += patches // 4 + 2 * len(grids)
         shape = lambda *sizes: np.broadcast_to(np.int32(0), sizes)  # noqa: E731
-        examples.append(Example(shape(tokens), shape(tokens), shape(3, tokens), shape(patches, 1176), grids))
+        examples.append(Example(shape(tokens), shape(tokens), shape(3, tokens), shape(patches, 588), grids))
     return examples
 
 

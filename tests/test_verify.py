@@ -80,4 +80,4 @@ def test_the_fixture_depends_on_pictures_and_text(model):
     forward = verify.load_forward(model)
     logits = forward(example)
     assert logits.shape == (len(example.tokens), config.text.vocab_size) and np.ptp(logits) > 0.1
-    assert np.abs(logits[-1] - forward(example._replace(patches=-example.patches))[-1]).max() > 0
+    assert np.abs(logits[-1] - forward(example._replace(patches=255 - example.patches))[-1]).max() > 0

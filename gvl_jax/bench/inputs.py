@@ -129,7 +129,7 @@ def example(world: World, seed: int, length: int, *, picture: bool, answer: int 
                          f"of text and {answer} of answer; give longer ones")  # fmt: skip
     tokens = np.array([*head, *rng.integers(0, TEXT_IDS, length - len(head))], np.int32)
     grids = np.array([[1, 2 * side, 2 * side]] if picture else [], np.int32).reshape(-1, 3)
-    patches = rng.standard_normal((len(grids) * world.work.patches, config.vision.patch_dim), np.float32)
+    patches = rng.integers(0, 256, (len(grids) * world.work.patches, config.vision.frame_dim), np.uint8)
     loss_mask = np.arange(length) >= length - answer
     return Example(tokens, loss_mask, mrope_positions(tokens == config.image_token_id, grids), patches, grids)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, logging
 
 from gvl_jax.bench.inputs import TEXT_IDS, World
+from gvl_jax.models.qwen_vl.vision import MEAN, STD
 from gvl_jax.types import Example
 
 logging.set_verbosity_error()
@@ -44,6 +45,13 @@ def load(world: World, *, train: bool = False) -> Any:
     return model.to(DEVICE).train(train)
 
 
+def pixel_values(levels: np.ndarray) -> np.ndarray:
+    """Example.patches as the reference's image processor gives them: f32[P, 2 C], bit for bit."""
+    rescaled = (levels.reshape(len(levels), 3, 1, -1) * (1 / 255)).astype(np.float32)
+    mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (MEAN, STD))
+    return np.repeat((rescaled - mean) / std, 2, axis=2).reshape(len(levels), -1)
+
+
 def inputs(world: World, examples: Sequence[Example], *, left: bool) -> dict[str, Any]:
     """One padded batch. mm_token_type_ids: without it transformers uses 1-D positions."""
     longest = max(len(e.tokens) for e in examples)
@@ -57,7 +65,7 @@ def inputs(world: World, examples: Sequence[Example], *, left: bool) -> dict[str
     batch = {"input_ids": tokens, "attention_mask": mask}
     batch["mm_token_type_ids"] = (tokens == world.config.image_token_id).int()
     if pictures:
-        batch["pixel_values"] = torch.tensor(np.concatenate([e.patches for e in pictures]))
+        batch["pixel_values"] = torch.tensor(pixel_values(np.concatenate([e.patches for e in pictures])))
         batch["image_grid_thw"] = torch.tensor(np.concatenate([e.grids for e in pictures])).long()
     return {name: value.to(DEVICE) for name, value in batch.items()}
 

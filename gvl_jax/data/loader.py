@@ -55,8 +55,8 @@ def to_example(
         if len(written[0]) > max_length:
             message = f"{text} tokens of text and {len(opened)} pictures, at most {max_length} tokens fit"
             raise SampleRejected("too_long", message)
-        patches = [to_patches(image, low, high)[0] for image in opened]  # only now: four bytes for each pixel's level
-        flat = np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.float32)
+        patches = [to_patches(image, low, high)[0] for image in opened]
+        flat = np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.uint8)
         return Example(*written, flat, grids)
     except SampleRejected:
         raise

@@ -88,7 +88,7 @@ def test_padding_is_finite_and_its_content_is_never_read():
     other = batch._replace(
         tokens=np.where(real, batch.tokens, rng.integers(0, VOCAB, real.shape)).astype(np.int32),
         positions=np.where(real, batch.positions, rng.integers(0, 99, (3, *real.shape))).astype(np.int32),
-        vision=batch.vision._replace(patches=np.where(patch[:, None], batch.vision.patches, 1e3).astype(np.float32)),
+        vision=batch.vision._replace(patches=np.where(patch[:, None], batch.vision.patches, 255).astype(np.uint8)),
     )
     hidden, changed = forward(PARAMS, batch), forward(PARAMS, other)
     assert np.isfinite(hidden).all() and np.isfinite(changed).all()
@@ -232,6 +232,6 @@ def test_an_image_placeholder_needs_its_picture():
     """The comparisons above would hold for a model that ignores pictures: this one sees them."""
     e = examples_of(1)[0]
     batch = pack([e], rows=1, length=64, layout=layout(CONFIG, 512))[0]
-    darker = batch._replace(vision=batch.vision._replace(patches=batch.vision.patches * 0.5))
+    darker = batch._replace(vision=batch.vision._replace(patches=batch.vision.patches // 2))
     assert np.abs(np.asarray(forward(PARAMS, batch) - forward(PARAMS, darker)))[0, e.tokens.size - 1].max() > 1e-3
     assert (e.tokens == IMAGE).sum() == len(e.patches) // 4

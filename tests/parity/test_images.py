@@ -1,5 +1,6 @@
 """Pixels, sizes, windows and coordinates against transformers: equal, not close."""
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from gvl_jax.bench.theirs import pixel_values
 from gvl_jax.data.images import ImageRejected, open_image, patch_coords, smart_resize, to_patches, window_order
+from gvl_jax.models.qwen_vl.vision import normalised
 
 MODES = ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA"]
 BOUNDS = [(56 * 56, 28 * 28 * 1280), (32 * 32, 768 * 768), (262_144, 400_000), (28 * 28, 28 * 28 * 20)]
@@ -37,7 +40,9 @@ def test_patches_equal_the_reference_processor_bit_for_bit(case):
     processor = Qwen2VLImageProcessorPil(min_pixels=low, max_pixels=high)
     reference = processor(shown if "A" in mode else image, return_tensors="np")
     patches, grid = to_patches(shown, low, high)
-    np.testing.assert_array_equal(patches, reference["pixel_values"], strict=True)
+    np.testing.assert_array_equal(pixel_values(patches), reference["pixel_values"], strict=True)
+    ours = np.asarray(jax.jit(normalised, static_argnums=1)(patches, 2))
+    np.testing.assert_allclose(ours, reference["pixel_values"], atol=5e-7, rtol=0)
     np.testing.assert_array_equal(grid, reference["image_grid_thw"][0])
 
 

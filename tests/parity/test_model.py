@@ -1,4 +1,4 @@
-"""The model against transformers, fp32, on random tiny configs: one table of cases, one tolerance for all."""
+"""The model in fp32 against transformers in fp64, on random tiny configs: one table of cases, one tolerance for all."""
 
 import jax
 import numpy as np
@@ -30,6 +30,6 @@ def test_logits_equal_transformers_packed_and_with_any_number_of_images(seed, tm
                 for segment in range(1, batch.segments[row].max() + 1):
                     at = batch.segments[row] == segment
                     if at.sum() == len(e.tokens) and np.array_equal(batch.tokens[row][at], e.tokens):
-                        np.testing.assert_allclose(logits[row][at], reference_logits(reference, e), atol=1e-4, rtol=0)
+                        np.testing.assert_allclose(logits[row][at], reference_logits(reference, e), atol=5e-5, rtol=0)
                         seen.add(i)
     assert seen == {0, 1, 2}

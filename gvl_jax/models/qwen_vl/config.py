@@ -59,8 +59,13 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values of a patch: channels x frames x rows x columns (C)."""
+        """Values of a patch: channels x frames x rows x columns."""
         return prod(self.patch_shape)
+
+    @property
+    def frame_dim(self) -> int:
+        """Those of one frame (C): all that a still picture has."""
+        return self.patch_dim // self.temporal_patch_size
 
     @property
     def patch_shape(self) -> tuple[int, int, int, int]:

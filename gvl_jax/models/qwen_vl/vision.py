@@ -13,6 +13,16 @@ from gvl_jax.models.qwen_vl.rope import rotate, vision_angles
 from gvl_jax.types import Remat, Vision
 
 NORM_EPSILON = 1e-6  # fixed in the reference, not in its config
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, R G B
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalised(levels, frames: int):
+    """u8[P, C] → f32[P, frames · C]: what the reference's image processor makes of a still picture, a film of so many
+    equal frames, but for two roundings (5e-7)."""
+    mean, std = np.array(MEAN, np.float32)[None, :, None, None], np.array(STD, np.float32)[None, :, None, None]
+    values = (levels.reshape(len(levels), len(MEAN), 1, -1).astype(jnp.float32) / 255 - mean) / std
+    return jnp.repeat(values, frames, axis=2).reshape(len(levels), -1)
 
 
 class VisionBlock(nnx.Module):
@@ -53,14 +63,13 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.config = config
-        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        self.patch_embed = Linear((values,), (config.hidden_size,), bias=False, rngs=rngs)
+        self.patch_embed = Linear((config.patch_dim,), (config.hidden_size,), bias=False, rngs=rngs)
         self.blocks = stack(lambda rngs: VisionBlock(config, rngs=rngs), config.depth, rngs)
         self.merger = Merger(config, rngs=rngs)
 
     def __call__(self, vision: Vision, dtype, *, remat: Remat = "none"):
         """→ [M, D] in window order. Padding patches give finite values that no token reads."""
-        x = self.patch_embed(vision.patches.astype(dtype))
+        x = self.patch_embed(normalised(vision.patches, self.config.temporal_patch_size).astype(dtype))
         angles = vision_angles(vision.coords, self.config.hidden_size // self.config.num_heads)
         filled = (vision.windows < len(vision.patches))[:, None, None, :]
 
