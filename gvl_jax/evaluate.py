@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from gvl_jax.config import ConfigError, Eval, Sampling
 from gvl_jax.data.benchmarks import fetch, read, select
 from gvl_jax.data.loader import SampleRejected, to_example
 from gvl_jax.data.prepared import Samples, load_samples, modality
+from gvl_jax.data.records import picture_paths
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.closing import Closing, closing
 from gvl_jax.guard.prompt import has_response
-from gvl_jax.guard.scores import evaluate, row_of
+from gvl_jax.guard.scores import TASKS, evaluate, judge, row_of
 from gvl_jax.metrics import MetricsWriter, progress
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.hub import load_config, load_params, resolve
@@ -40,6 +42,7 @@ from gvl_jax.sampler import Sampler
 from gvl_jax.sharding import copies, gather, make_mesh, shardings
 from gvl_jax.types import Example, Sample
 
+SHOWN = 200  # records in samples.jsonl
 CHUNK = 8  # micro-batches of prompts judged between two writes
 
 
@@ -60,7 +63,7 @@ def run(config: Eval) -> list[dict]:
     params = load_params(source, model_config, dtype=np.dtype(config.dtype), shardings=where)
     models = copies(mesh, params, config.dtype)
     del params
-    sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts)
+    sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts, ahead=True)
     forced = closing(tokenizer, model_config.text.vocab_size) if config.scores == "fast" else None
     scorer = _scorer(config, tokenizer, model_config, forced) if forced else None
     longest = max(config.buckets.prompt) - (len(forced.opening) if forced else 0)
@@ -108,9 +111,14 @@ def run(config: Eval) -> list[dict]:
             "perf/generated_tokens_per_second": sum(tokens for _, tokens in work) / seconds,
         })  # fmt: skip
         metrics.close()
-    replace_text(folder / "judgements.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged))
-    replace_text(folder / "samples.jsonl", "".join(json.dumps(row | {"step": 0}) + "\n" for row in judged[:200]))
     scored = [row_of(row) for row in judged]
+    if jax.process_index() == 0:  # what the reports show: pictures of prepared data sets are not files yet
+        for row, one in zip(judged, scored, strict=True):
+            verdicts = [judge(one, task, "strict") for task in TASKS]
+            if row["index"] < SHOWN or any(verdict and verdict.predicted != verdict.gold for verdict in verdicts):
+                row["images"] = picture_paths(samples[row["index"]], folder)
+    replace_text(folder / "judgements.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged))
+    replace_text(folder / "samples.jsonl", "".join(json.dumps(row | {"step": 0}) + "\n" for row in judged[:SHOWN]))
     table = evaluate(scored, "strict") + evaluate(scored, "reference")
     replace_text(result, json.dumps(table, indent=1))
     return table
@@ -134,7 +142,7 @@ def to_judge(config: Eval, folder: Path) -> tuple[list[str], Samples]:
 def _scorer(config: Eval, tokenizer, model_config: QwenVLConfig, forced: Closing) -> Sampler:
     """Says the labels alone, with P(harmful) of each."""
     sampling = Sampling(temperature=0.0, max_new_tokens=int(forced.length))
-    return Sampler(tokenizer, model_config, config.buckets, sampling, config.prompts, closing=forced)
+    return Sampler(tokenizer, model_config, config.buckets, sampling, config.prompts, closing=forced, ahead=True)
 
 
 def _row(

@@ -14,7 +14,7 @@ import numpy as np
 from gvl_jax.config import Mine
 from gvl_jax.data.loader import SampleRejected, to_example
 from gvl_jax.data.prepared import load_samples
-from gvl_jax.data.records import to_record
+from gvl_jax.data.records import picture_paths, to_record
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.guard.verdict import parse
 from gvl_jax.metrics import MetricsWriter, progress
@@ -75,7 +75,7 @@ def run(config: Mine) -> Path:
     params = load_params(source, model_config, dtype=np.dtype(config.dtype), shardings=where)
     models = copies(mesh, params, config.dtype)
     del params
-    sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts)
+    sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts, ahead=True)
     samples = load_samples(config.train, config.limit)
 
     done, left = own_share(len(samples), attempts, CHUNK * config.prompts * len(models))
@@ -111,7 +111,8 @@ def run(config: Mine) -> Path:
     kept = [hard[i] for i in sorted(drawn)]
     # Wrong each time, and each time alike: the label may be at fault, not the model.
     suspects = [
-        {name: row[name] for name in SHOWN} | {"reasoning": parse(row["completion"]).reasoning}
+        {name: row[name] for name in SHOWN}
+        | {"reasoning": parse(row["completion"]).reasoning, "images": picture_paths(samples[row["index"]], folder)}
         for row in judged if row["right"] == 0 and row["unanimous"]
     ]  # fmt: skip
     metrics = MetricsWriter(folder)

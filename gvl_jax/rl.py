@@ -27,7 +27,7 @@ from gvl_jax.config import ConfigError, Rl
 from gvl_jax.data.loader import SampleRejected, step_count, steps, to_example
 from gvl_jax.data.packing import batch_prompts
 from gvl_jax.data.prepared import load_samples
-from gvl_jax.data.records import to_record
+from gvl_jax.data.records import picture_paths, to_record
 from gvl_jax.data.tokenizer import load_tokenizer
 from gvl_jax.groups import Completions, Group, filled, in_step, micro_batches, rewarded
 from gvl_jax.guard.mixing import mix, mixed_set
@@ -126,7 +126,9 @@ def run(config: Rl) -> Path:
     if config.prompts_per_update % processes:
         raise ConfigError(f"prompts_per_update {config.prompts_per_update} does not divide by {processes} processes")
     model_config = replace(load_config(source), dtype=config.dtype)
-    sampler = Sampler(tokenizer, model_config, config.buckets, config.sampling, config.prompts, slots=config.slots)
+    sampler = Sampler(
+        tokenizer, model_config, config.buckets, config.sampling, config.prompts, slots=config.slots, ahead=True
+    )
     where = shardings(mesh, abstract_params(model_config))
     params = load_params(source, model_config, dtype=np.float32, shardings=where)
     trained, frozen = split_trained(params, config.trained)
@@ -374,5 +376,6 @@ def _row(step: int, group: Group, folder: Path) -> dict:
     """The first completion of a group, for the report."""
     return sample_row(group.sample, group.texts[0], bool(group.stopped[0] != BUDGET), folder) | {
         "step": step,
+        "images": picture_paths(group.sample, folder),
         "reward": group.rewards[0].total,
     }

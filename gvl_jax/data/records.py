@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from gvl_jax.guard.prompt import IMAGE_TAG
 from gvl_jax.guard.verdict import parse
-from gvl_jax.types import Label, Sample
+from gvl_jax.types import Label, Merged, Sample
 
 LABELS = get_args(Label)
 # `user_turn` keeps the verbatim turn of a `messages` row that is written back as a record.
@@ -89,14 +89,18 @@ def to_record(sample: Sample, folder: Path) -> dict[str, Any]:
     Pictures that are bytes (those of a prepared data set) are written to `folder`/images, each under the name of its
     content. Raises ValueError for an opened one: which bytes it came from is not known.
     """
-    images = []
-    for image in sample.images:
-        path = _picture_file(image, folder / "images") if isinstance(image, bytes) else image
-        if not isinstance(path, Path):
-            raise ValueError(f"record {sample.id!r}: got an opened image, expected a file or bytes; save it first")
-        images.append(os.path.relpath(path, folder))
-    record = sample._asdict() | {"images": images}
+    if not all(isinstance(image, Path | bytes) for image in sample.images):
+        raise ValueError(f"record {sample.id!r}: got an opened image, expected a file or bytes; save it first")
+    record = sample._asdict() | {"images": picture_paths(sample, folder)}
     return {key: value for key, value in record.items() if value is not None or key not in ("user_turn", "category")}
+
+
+def picture_paths(sample: Sample, folder: Path) -> list[str]:
+    """Paths from `folder` of a sample's pictures, of merged ones those of their parts; bytes are written there first,
+    see `to_record`, and opened ones are left out."""
+    parts = [part for image in sample.images for part in (image.parts if isinstance(image, Merged) else [image])]
+    files = [_picture_file(part, folder / "images") if isinstance(part, bytes) else part for part in parts]
+    return [os.path.relpath(file, folder) for file in files if isinstance(file, Path)]
 
 
 def _picture_file(data: bytes, folder: Path) -> Path:

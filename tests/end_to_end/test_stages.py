@@ -18,6 +18,8 @@ from tiny_models import tiny_params
 from gvl_jax import evaluate, mine, rl, sft
 from gvl_jax.cli import AGAIN, main
 from gvl_jax.data import embedded, tiny
+from gvl_jax.data.corpora import open_corpus
+from gvl_jax.data.prepared import prepare
 from gvl_jax.data.records import load_records
 from gvl_jax.guard.prompt import answer_text
 from gvl_jax.losses import clip_schedule
@@ -75,6 +77,9 @@ def folder(tmp_path_factory):
             lost = json.loads(lines[place]) | {"id": "lost", "images": ["images/lost.png"]}
             file.seek(0)
             file.writelines([*lines[:place], json.dumps(lost) + "\n", *lines[place:]])
+    pictured = [line for line in lines if json.loads(line).get("images")][:3]
+    (folder / "data" / "pictured.jsonl").write_text("".join(pictured))
+    prepare(open_corpus("jsonl", str(folder / "data" / "pictured.jsonl")), folder / "pictured")
     files = folder / "files"
     tiny.write_tiny(files, tiny.training_texts(load_records(folder / "data" / "train.jsonl")))
     raw = json.loads((files / "config.json").read_text())
@@ -97,7 +102,7 @@ def settings(folder):
         "sft": SFT | {"model": str(folder / "base"), "train": train},
         "mine": MINE | {"model": str(folder / "sft" / "model"), "train": train},
         "rl": RL | {"model": str(folder / "sft" / "model"), "train": [str(folder / "mine" / "hard.jsonl")]},
-        "eval": EVAL | {"model": str(folder / "rl" / "model"), "data": heldout},
+        "eval": EVAL | {"model": str(folder / "rl" / "model"), "data": [*heldout, str(folder / "pictured")]},
     }
 
 
@@ -130,16 +135,19 @@ def test_run_folders_hold_what_the_documents_say(runs):
 
 
 def test_eval_scores_every_record_and_its_tools_read_what_it_wrote(runs, tmp_path, capsys):
-    lost, *judged = rows(runs / "eval" / "judgements.jsonl")
+    judgements = [json.loads(line) for line in (runs / "eval" / "judgements.jsonl").read_text().splitlines()]
+    lost, *judged = judgements
     table = json.loads((runs / "eval" / "scores.json").read_text())
     assert (lost["rejected"], lost["tokens"], lost["request_score"]) == ("missing", None, None)
     assert sum(line["failures"].get("rejected", 0) for line in table if line["benchmark"] == "heldout") > 0
     assert all(0 < row["request_score"] < 1 for row in judged)
     assert [row["response_score"] is None for row in judged] == [not row["response"] for row in judged]
-    assert all(line["auroc"] is not None for line in table if line["predictor"] == "model")
+    assert all(line["auroc"] is not None for line in table if line["predictor"] == "model" and line["n"] > 3)
     (logged,) = [json.loads(line) for line in (runs / "eval" / "metrics.jsonl").read_text().splitlines()]
     assert logged["perf/records_per_second"] > 0 and logged["perf/generated_tokens_per_second"] > 0
     assert "Scores as probabilities: response" in (runs / "report.html").read_text()
+    pictured = [row for row in judgements if row["benchmark"] == "pictured"]
+    assert len(pictured) == 3 and all((runs / "eval" / path).is_file() for row in pictured for path in row["images"])
     capsys.readouterr()
     assert main(["eval", "compare", str(runs / "eval"), str(runs / "eval"), "--json"]) == 0
     assert {line["difference"] for line in json.loads(capsys.readouterr().out)["result"]} <= {0.0, None}
