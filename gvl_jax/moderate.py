@@ -243,6 +243,7 @@ def run(config: Moderate) -> int:
     chunk = CHUNK * config.prompts
     done = _done(config, lines, chunk)
     guard = Guard(config)
+    guard.sampler.ahead = bool(config.input and config.output)  # whose progress would stand among the rows otherwise
     flags = sum(row["flagged"] for row in done)
     with ExitStack() as stack:
         out = stack.enter_context(open(config.output, "a", encoding="utf-8")) if config.output else sys.stdout

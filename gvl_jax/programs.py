@@ -165,15 +165,15 @@ def rollout_programs(stage: Stage) -> list[Program]:
     B, R = config.prompts, min(config.slots or config.group_size, config.group_size)
     budget = config.sampling.max_new_tokens
     shared, patches, weights = len(stage.layout.shared), max(config.buckets.patches), bytes_of(copy)
-    few, columns = max(1, B // 8), -(-budget // CHUNK) * CHUNK
-    state = jax.eval_shape(functools.partial(decoding.empty_state, model, B, R, S, columns, budget))
+    few = max(1, B // 8)
+    state = jax.eval_shape(functools.partial(decoding.empty_state, model, B, R, S, budget, budget))
     opening = local(np.zeros(shared, np.int32))
     kept = jax.eval_shape(functools.partial(decoding.instruction, config=model), copy, opening)
     banned, states = local(np.zeros(text.vocab_size, bool)), len(b"</result>") + 1
     vocab = decoding.Vocabulary(banned, banned, local(np.zeros((states, text.vocab_size), np.uint8)))
     prefilled = cost.rows(model, few, S, pictures, shared)
-    token = cost.decoder_flops(text, B * R, B * R * (S + shared + columns)) + cost.head_flops(text, B * R)
-    cached = cost.kv_bytes(model, B * S + B * R * columns) / stage.mesh.shape["tensor"]
+    token = cost.decoder_flops(text, B * R, B * R * (S + shared + budget)) + cost.head_flops(text, B * R)
+    cached = cost.kv_bytes(model, B * S + B * R * budget) / stage.mesh.shape["tensor"]
     programs = []
     if config.trained == "language":
         vision = local(blank(B, S, patches, stage.layout).vision)
@@ -188,7 +188,7 @@ def rollout_programs(stage: Stage) -> list[Program]:
             {"config": model}, training + bytes_of(state), stage.per_chip(prefilled.flops), weights, "prompts",
         ),
         Program(
-            f"decode {B} x {R} slots, {columns} columns (bound: a token)", decoding.decode,
+            f"decode {B} x {R} slots, {budget} columns (bound: a token)", decoding.decode,
             (copy, kept, state, vocab, None, local(np.float32(0)), local(np.int32(0))),
             {"config": model, "steps": CHUNK, "top_p": config.sampling.top_p, "top_k": config.sampling.top_k},
             training, stage.per_chip(token), weights + cached, "prompts", state,

@@ -8,6 +8,8 @@ import functools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gvl_jax.config import Buckets, Sampling
-from gvl_jax.data.packing import Layout, pack_queue
+from gvl_jax.data.packing import Layout, fitted, pack_queue
 from gvl_jax.decoding import (
     BUDGET,
     CUT,
@@ -31,6 +33,7 @@ from gvl_jax.decoding import (
 from gvl_jax.guard.closing import Closing
 from gvl_jax.guard.prompt import instruction_ids
 from gvl_jax.losses import token_logprobs
+from gvl_jax.metrics import progress
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.model import bind
 from gvl_jax.slots import Entry, Slots
@@ -117,6 +120,7 @@ class Sampler:
     """Compiled functions with everything that stays the same in a stage: shapes, tables, settings.
 
     closing: reasoning ends at `</think>`, or in time for the budget, and a result block with its scores is forced.
+    ahead: a call compiles what it may need before it begins, with progress: for stages, which need it in the end.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class Sampler:
         *,
         slots: int | None = None,
         closing: Closing | None = None,
+        ahead: bool = False,
     ):
         self.tokenizer, self.model_config, self.buckets, self.sampling = tokenizer, model_config, buckets, sampling
         self.rows, self.slots = rows, slots  # prompts decoded together, completions of each at a time (None: all)
@@ -138,6 +143,8 @@ class Sampler:
         shared = tuple(instruction_ids(tokenizer))
         self.layout = Layout(tokenizer.image_pad, buckets.patches, model_config.vision.window_size, shared)
         self.slot_steps = self.used_steps = 0  # of slots since the last call began: computed, and by running ones
+        self.ahead = ahead
+        self.compiled: set[tuple[int, int, int]] = set()  # tokens of a prompt, slots of a row, patches
 
     def __call__(
         self,
@@ -169,23 +176,72 @@ class Sampler:
             assert self.closing is not None
             prompts = [extended(prompt, self.closing.opening) for prompt in prompts]
         several = list(params) if not isinstance(params, dict) else [params]
+        if not prompts:
+            return
+        most = max(len(prompt.tokens) for prompt in prompts)
+        bucket = next((size for size in sorted(self.buckets.prompt) if size >= most), None)
+        if bucket is None:
+            raise ValueError(
+                f"a prompt has {most} tokens, buckets.prompt end at {max(self.buckets.prompt)}; raise them"
+            )
+        S = bucket - len(self.layout.shared)
+        if self.ahead:
+            self._compile(several, prompts, S, min(self.slots or group_size, group_size))
         if len(several) > 1:
-            yield from self._at_once(several, prompts, keys, limits, answered, fast)
-        elif prompts:
-            yield from self._refilled(several[0], prompts, keys, limits, answered, fast)
+            yield from self._at_once(several, S, prompts, keys, limits, answered, fast)
+        else:
+            yield from self._refilled(several[0], S, prompts, keys, limits, answered, fast)
 
-    def _at_once(self, several: list[dict], prompts: Sequence[Example], keys, limits, answered, fast: bool):
+    def _compile(self, several: list[dict], prompts: Sequence[Example], S: int, R: int) -> None:
+        """What such prompts may need and no call before did: each number of patches, and caches of every length. On all
+        copies at once, by rows without content."""
+        rows, pictured = max(1, self.rows // 8), any(len(prompt.grids) for prompt in prompts)
+        merged = next((prompt.merged for prompt in prompts if prompt.merged is not None), None)
+        sizes = [0, *(self.layout.possible(rows * S) if pictured else ())]
+        new, lock = [size for size in sizes if (S, R, size) not in self.compiled], threading.Lock()
+        if not new:
+            return
+        caches = [min(CHUNK, self.sampling.max_new_tokens)] if 0 in new else []
+        while caches and caches[-1] < self.sampling.max_new_tokens:
+            caches.append(min(2 * caches[-1], self.sampling.max_new_tokens))
+
+        def rehearse(params: dict) -> None:
+            with jax.default_device(_device(params)) if len(several) > 1 else nullcontext():  # as they are called later
+                shared = instruction(params, np.array(self.layout.shared, np.int32), config=self.model_config)
+                for patches in new:
+                    batch = fitted(None, (patches, rows, S), self.layout, merged)
+                    kept = prefill(params, batch, shared, config=self.model_config)
+                    said(f"prompts of {S} tokens with {patches} patches")
+                if caches:
+                    slots = self.slots_for(params, shared, R, (S,), caches[0], CHUNK)
+                for columns in caches:
+                    if slots.columns < columns:
+                        slots.grow()
+                    slots.rehearse(kept)
+                    said(f"answers of up to {columns} tokens")
+
+        total = len(several) * (len(new) + len(caches))
+        with progress(total, "compile") as advance, ThreadPoolExecutor(len(several)) as pool:
+
+            def said(note: str) -> None:
+                with lock:
+                    advance(note=note)
+
+            list(pool.map(rehearse, several))
+        self.compiled |= {(S, R, size) for size in new}
+
+    def _at_once(self, several: list[dict], S: int, prompts: Sequence[Example], keys, limits, answered, fast: bool):
         """A thread for each copy of the model: no device waits for another."""
         finished: queue.SimpleQueue = queue.SimpleQueue()
         stop = threading.Event()
 
         def work(number: int, params: dict) -> None:
             mine = list(range(number, len(prompts), len(several)))
-            one, device = copy.copy(self), min(jax.tree.leaves(params)[0].devices(), key=lambda device: device.id)
+            one = copy.copy(self)
             try:
-                with jax.default_device(device):
+                with jax.default_device(_device(params)):
                     shares = [prompts[i] for i in mine], keys[mine], limits[mine], answered[mine]
-                    for indices, rollout in one._refilled(params, *shares, fast, stop) if mine else ():
+                    for indices, rollout in one._refilled(params, S, *shares, fast, stop) if mine else ():
                         finished.put(([mine[i] for i in indices], rollout))
                 finished.put(one)
             except BaseException as error:  # the reader raises it
@@ -225,17 +281,10 @@ class Sampler:
             slots=slots, sizes=sizes, columns=columns, chunk=chunk,
         )  # fmt: skip
 
-    def _refilled(self, params, prompts: Sequence[Example], keys, limits, answered, fast: bool, stop=None):
-        """stop: an Event that ends it."""
+    def _refilled(self, params, S: int, prompts: Sequence[Example], keys, limits, answered, fast: bool, stop=None):
+        """S: tokens of a row of prompts; stop: an Event that ends it."""
         B, group_size, budget = self.rows, keys.shape[1], self.sampling.max_new_tokens
         R = min(self.slots or group_size, group_size)
-        most = max(len(prompt.tokens) for prompt in prompts)
-        bucket = next((size for size in self.buckets.prompt if size >= most), None)
-        if bucket is None:
-            raise ValueError(
-                f"a prompt has {most} tokens, buckets.prompt end at {max(self.buckets.prompt)}; raise them"
-            )
-        S = bucket - len(self.layout.shared)
         shared = instruction(params, np.array(self.layout.shared, np.int32), config=self.model_config)
         slots = self.slots_for(params, shared, R, (S,), min(CHUNK, budget), CHUNK)
         line = self._prefilled(params, shared, prompts, S)
@@ -285,6 +334,10 @@ class Sampler:
         for indices, rollout in self(params, prompts, **options):
             groups.update(zip(indices, self.completions(rollout), strict=True))
         return [groups[index] for index in range(len(prompts))]
+
+
+def _device(params: dict) -> jax.Device:
+    return min(jax.tree.leaves(params)[0].devices(), key=lambda device: device.id)
 
 
 def extended(prompt: Example, ids: Sequence[int]) -> Example:

@@ -51,7 +51,7 @@ class Slots:
     ):
         self.params, self.shared, self.config, self.vocab = params, shared, config, vocab
         self.closing, self.sampling, self.sizes, self.chunk = closing, sampling, sorted(sizes), chunk
-        self.columns, self.longest = columns, -(-sampling.max_new_tokens // chunk) * chunk
+        self.columns, self.longest = columns, sampling.max_new_tokens
         self.state = empty_state(config, rows, slots, max(sizes), columns, sampling.max_new_tokens)
         self.entries: list[Entry | None] = [None] * rows
         self.begun = np.zeros(rows, int)  # completions of a row's prompt that have begun
@@ -116,13 +116,28 @@ class Slots:
             self.lengths = np.where(fresh, 0, self.lengths)
         return bool((self.number >= 0).any())
 
+    def grow(self) -> None:
+        """Twice the columns, up to those of the longest completion: a new shape."""
+        self.columns = min(2 * self.columns, self.longest)
+        self.state = grow(self.state, columns=self.columns)
+
+    def rehearse(self, kept: tuple[Array, Any]) -> None:
+        """Compile all that a prompt needs from entering to leaving. kept: what `prefill` gave; the rows are empty, and
+        will be."""
+        slots, length = self.number.shape[1], kept[0].shape[1]
+        entry = Entry(None, Place(0, 0, 0, length), length, np.zeros((slots, 2), np.uint32), 1, False, False)
+        for _ in range(2):  # the arrays of a new state and those that were computed may be placed otherwise
+            self.enter([entry], kept)
+            self.begin()
+            self.step(0)
+            self.leave(lambda name: True)
+
     def step(self, ends: int) -> tuple[list[Any], Rollout] | None:
         """Decode a chunk of tokens, or fewer once `ends` more slots are done. → the prompts that are complete, which
         leave their rows, with their completions."""
         live = self.number >= 0
         while self.columns < min(self.longest, self.lengths[live].max() + self.chunk):
-            self.columns = min(2 * self.columns, self.longest)
-            self.state = grow(self.state, columns=self.columns)
+            self.grow()
         most = max(entry.place.length for entry in self.entries if entry is not None)
         sampling, before = self.sampling, self.lengths
         self.state, steps = decode(

@@ -355,7 +355,11 @@ def test_what_is_under_way_is_bounded_and_a_long_list_goes_in_by_turns():
             app = httpx.ASGITransport(client.app)
             async with httpx.AsyncClient(transport=app, base_url="http://server") as asking:
                 body = {"input_type": "request", "texts": ["HANG"]}
-                return await asyncio.gather(*(asking.post(LITELLM, json=body) for _ in range(4)))
+                running = asyncio.gather(*(asking.post(LITELLM, json=body) for _ in range(4)))
+                await asyncio.sleep(0.1)
+                unread = await asking.post(LITELLM, content=b"{")
+                assert unread.status_code == 429, "a server that is full reads no body"
+                return await running
 
         assert sorted(reply.status_code for reply in asyncio.run(four())) == [200, 200, 200, 429]
         assert allowed(GUARD, client.post(GUARD, json={"messages": user("Hi")})), "and there is room again"

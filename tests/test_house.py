@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "optim": {"config", "sharding"},
     "decoding": {"types", "guard", "models"},
     "slots": {"types", "config", "guard", "data", "models", "decoding"},
-    "sampler": {"types", "config", "guard", "data", "models", "losses", "decoding", "slots"},
+    "sampler": {"types", "config", "guard", "data", "models", "losses", "decoding", "slots", "metrics"},
     "groups": {"types", "config", "guard", "data", "losses", "sampler", "sharding"},
     "checkpoint": {"sharding"},
     "metrics": {"run_folder"},

@@ -21,6 +21,7 @@ from gvl_jax.decoding import BUDGET, END_TOKEN, empty_state
 from gvl_jax.guard.closing import closing
 from gvl_jax.guard.prompt import answer_text, result_block
 from gvl_jax.guard.verdict import parse
+from gvl_jax.metrics import CompileCounter
 from gvl_jax.sampler import Sampler
 from gvl_jax.types import Sample
 
@@ -109,6 +110,29 @@ def test_refilled_slots_equal_one_prompt_and_one_completion_at_a_time(rows, slot
             else:
                 np.testing.assert_array_equal(ours, theirs, err_msg=name)
     assert sampler.used_steps == used <= sampler.slot_steps
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stage_compiles_ahead_what_its_rollouts_need(count, tokenizer, model, prompts, monkeypatch, capsys):
+    config, params = model
+    sampler = make(tokenizer, config, rows=3, slots=2)  # shapes that no other test has
+    sampler.ahead, rehearse, compiles = True, sampler._compile, CompileCounter()
+
+    def compile_ahead(*args):
+        rehearse(*args)
+        compiles.counts.clear()
+
+    monkeypatch.setattr(sampler, "_compile", compile_ahead)
+    copies = [jax.device_put(params, device) for device in jax.devices()[:count]]
+    for pictured in (False, True):  # the second call needs some more
+        some = [prompt for prompt in prompts if pictured or not len(prompt.grids)]
+        collected(sampler, copies if count > 1 else params, some, group_size=3, seed=4)
+        compiles.close()
+        assert not compiles.counts
+        compiles = CompileCounter()
+    said = capsys.readouterr().out
+    assert f"compile {5 * count}/{5 * count}" in said and f"compile {count}/{count}" in said
 
 
 def test_columns_wrap_around_for_ever(tokenizer, model, prompts, monkeypatch):

@@ -51,6 +51,12 @@ class Layout(NamedTuple):
             f"{self.windows(largest)}; lower images.max_pixels or raise buckets.patches"
         )
 
+    def possible(self, tokens: int) -> list[int]:
+        """The buckets that pictures in `tokens` can need. A window takes a token at least, and three where it is a
+        picture of its own: with the tokens before and after it."""
+        most, sizes = self.size(UNIT * tokens, tokens // min(3, self.side)), sorted(self.patch_buckets)
+        return [size for size, smaller in zip(sizes, (0, *sizes), strict=False) if smaller < most]
+
 
 def tail_rows(rows: int) -> int:
     """Rows of the small micro-batches of text that end a step: a quarter of `rows`.
@@ -296,7 +302,7 @@ def in_rounds(batches: Sequence[Any], parts: int, shape: Callable[[Any], tuple[i
 
 def _blank_vision(patches: int, layout: Layout) -> Vision:
     return Vision(
-        patches=np.zeros((patches, PATCH_VALUES), np.float32),
+        patches=np.zeros((patches, PATCH_VALUES), np.uint8),
         coords=np.zeros((patches, 2), np.int32),
         image=np.zeros(patches, np.int32),
         windows=np.full((layout.windows(patches), layout.slots), patches, np.int32),
@@ -352,7 +358,7 @@ def _patches(grids: np.ndarray) -> int:
 
 
 def pack_vision(images: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout) -> tuple[Vision, np.ndarray]:
-    """(patches f32[p, C], grids i32[n, 3]) of each example → one buffer of the smallest bucket that holds them, in
+    """(patches u8[p, C], grids i32[n, 3]) of each example → one buffer of the smallest bucket that holds them, in
     window order, and i32[ΣM]: for each placeholder, image after image in reading order, where its merged token
     stands in the window-ordered buffer of merged tokens.
 

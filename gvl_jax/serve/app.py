@@ -162,6 +162,11 @@ class Front:
 
     # --- one judgement
 
+    @property
+    def full(self) -> bool:
+        """Whether as many are judged as the engine would take: the way to the decoders, too, has an end."""
+        return self.inside >= self.settings.max_waiting + self.settings.prompts
+
     async def judge(
         self,
         ask: Ask,
@@ -179,7 +184,7 @@ class Front:
         """
         started = prepared = time.monotonic()
         name = f"grd-{uuid4().hex}"
-        if self.inside >= self.settings.max_waiting + self.settings.prompts:  # the way to the decoders, too, has an end
+        if self.full:
             raise Overloaded(1.0)
         self.inside += 1
         try:
@@ -265,13 +270,18 @@ class Front:
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request, seconds: float, schema: type[B]) -> AsyncIterator[tuple[B, float]]:
-        """The body, and the deadline of its answer. Raises Refused; ApiError while nothing can be judged."""
+        """The body, and the deadline of its answer. Raises Refused; ApiError while nothing can be judged; Overloaded
+        before anything is kept of the body, but after its end: a client that still sends would not see the answer."""
         if not self.engine.ready:
             raise ApiError(503, "not_ready", "the model is not ready", retry_after=1)
         deadline = time.monotonic() + seconds
         with self.room.body() as buffer:
             try:
                 async with asyncio.timeout(seconds):
+                    if self.full:
+                        async for _ in request.stream():
+                            pass
+                        raise Overloaded(1.0)
                     await read_body(request, buffer, self.room, self.settings.max_body)
             except TimeoutError:
                 raise Refused(408, "slow_body", f"the body took more than {seconds} s") from None

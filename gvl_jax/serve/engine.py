@@ -20,7 +20,7 @@ import numpy as np
 
 from gvl_jax.config import Mode
 from gvl_jax.data.loader import SampleRejected
-from gvl_jax.data.packing import UNIT, Place, blank, pack_queue
+from gvl_jax.data.packing import Place, blank, pack_queue
 from gvl_jax.decoding import instruction, prefill
 from gvl_jax.guard.prompt import has_response
 from gvl_jax.metrics import CompileCounter, progress
@@ -91,7 +91,7 @@ def fingerprint(folder: Path, ids: Sequence[int]) -> str:
 class Engine:
     """Judges with the first copy of a guard's model: the same verdicts as the guard, whoever else asks.
 
-    max_requests, max_tokens: of what waits; max_tokens counts prompts, a token of a picture holds 19 kB while it waits.
+    max_requests, max_tokens: of what waits, the second in tokens of prompts; one of a picture holds 2.4 kB meanwhile.
     canaries: samples with a `request_label` that must be judged so before anything else is judged.
     Raises ValueError for limits that would refuse a single request.
     """
@@ -363,32 +363,19 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------- the start
 
     def _empty_rows(self) -> Slots:
-        longest = -(-self._sampler.sampling.max_new_tokens // CHUNK) * CHUNK
+        longest = self._sampler.sampling.max_new_tokens
         return self._sampler.slots_for(self._guard.models[0], self._shared, 1, self._sizes, longest, CHUNK)
 
     def _compile(self) -> None:
-        """Run every shape once in rows that are new and once in used ones, whose arrays may be placed otherwise."""
-        shapes = [(size, patches) for size in self._sizes for patches in self._patch_buckets(size)]
+        shapes = [(size, patches) for size in self._sizes for patches in (0, *self._layout.possible(size))]
         with progress(len(shapes), "compile") as advance:
             for size, patches in shapes:
                 self._slots = self._empty_rows()
-                for _ in range(2):
-                    batch = blank(1, size, patches, self._layout)
-                    kept = prefill(self._guard.models[0], batch, self._shared, config=self._guard.model_config)
-                    budget = self._sampler.sampling.max_new_tokens
-                    self._slots.enter([Entry(None, Place(0, 0, 0, size), size, GREEDY, budget, False, False)], kept)
-                    self._slots.begin()
-                    self._slots.step(0)
-                    self._slots.leave(lambda name: True)
+                batch = blank(1, size, patches, self._layout)
+                kept = prefill(self._guard.models[0], batch, self._shared, config=self._guard.model_config)
+                self._slots.rehearse(kept)
                 advance(note=f"{size} tokens, {patches} patches")
         self._slots = self._empty_rows()
-
-    def _patch_buckets(self, length: int) -> list[int]:
-        """Sizes of the patch buffer that prompts of `length` tokens can need. A window takes a token at least, and
-        three where it is a picture of its own: with the tokens before and after it."""
-        need = self._layout.size(UNIT * length, length // min(3, self._layout.side))
-        buckets = sorted(self._layout.patch_buckets)
-        return [0, *(size for size, smaller in zip(buckets, (0, *buckets), strict=False) if smaller < need)]
 
     def _misjudged_canary(self) -> str:
         """What is wrong with the verdicts on the canaries; "": nothing."""
