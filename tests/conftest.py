@@ -6,6 +6,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # none, or make's; the commands would use the user's own
 
+# What takes time here is compiling: code that LLVM does not optimise has the same graph, the same numbers but for their
+# last bits, and is there in two thirds of the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import jax
 import torch
 

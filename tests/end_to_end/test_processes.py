@@ -44,7 +44,6 @@ def start(*commands: tuple[str, Path], processes: int = 1, devices: int = 1) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # what takes time here is compiling
     together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
     return [
         subprocess.Popen(
