@@ -179,7 +179,7 @@ class Sampler:
         if not prompts:
             return
         most = max(len(prompt.tokens) for prompt in prompts)
-        bucket = next((size for size in sorted(self.buckets.prompt) if size >= most), None)
+        bucket = next((size for size in self.buckets.prompt if size >= most), None)
         if bucket is None:
             raise ValueError(
                 f"a prompt has {most} tokens, buckets.prompt end at {max(self.buckets.prompt)}; raise them"
@@ -328,12 +328,40 @@ class Sampler:
             for group in zip(self.texts(rollout), rollout.stopped, rollout.lengths, rollout.scores, strict=True)
         ]
 
-    def complete(self, params, prompts: Sequence[Example], **options) -> list[list[Completion]]:
-        """Completions as above, as text: the group of each prompt, in the order of the prompts."""
+    def complete(
+        self,
+        params,
+        prompts: Sequence[Example],
+        *,
+        names: Sequence[int] | None = None,
+        has_response: Sequence[bool] | None = None,
+        budgets: Sequence[int] | None = None,
+        **options,
+    ) -> list[list[Completion]]:
+        """Completions as above, as text: the group of each prompt, in the order of the prompts. Those of like length
+        are computed together, so that no short one is read as a long one."""
         groups: dict[int, list[Completion]] = {}
-        for indices, rollout in self(params, prompts, **options):
-            groups.update(zip(indices, self.completions(rollout), strict=True))
+        for members in self._alike(prompts):
+
+            def of(values: Sequence | None, members=members) -> list | None:
+                return None if values is None else [values[i] for i in members]
+
+            each = {"has_response": of(has_response), "budgets": of(budgets)}
+            rollouts = self(params, of(prompts), names=of(names) or members, **each, **options)
+            for places, rollout in rollouts:
+                groups.update(zip([members[place] for place in places], self.completions(rollout), strict=True))
         return [groups[index] for index in range(len(prompts))]
+
+    def _alike(self, prompts: Sequence[Example]) -> list[list[int]]:
+        """The prompts of one bucket, with those of shorter ones that would not fill the rows."""
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        groups, rest = [], sorted(range(len(prompts)), key=lambda i: lengths[i])
+        for size in self.buckets.prompt:
+            count = sum(lengths[i] <= size for i in rest)
+            if count >= self.rows:
+                groups.append(sorted(rest[:count]))
+                rest = rest[count:]
+        return [*groups, sorted(rest)] if rest else groups
 
 
 def _device(params: dict) -> jax.Device:

@@ -135,6 +135,29 @@ def test_a_stage_compiles_ahead_what_its_rollouts_need(count, tokenizer, model, 
     assert f"compile {5 * count}/{5 * count}" in said and f"compile {count}/{count}" in said
 
 
+def test_prompts_of_like_length_are_computed_together_where_they_fill_the_rows(tokenizer, model, prompts, monkeypatch):
+    config, params = model
+    widths, prefill = [], module.prefill
+
+    def seen(params, batch, *rest, **options):
+        widths.append(batch.tokens.shape[1])
+        return prefill(params, batch, *rest, **options)
+
+    monkeypatch.setattr(module, "prefill", seen)
+    lengths = sorted(len(prompt.tokens) for prompt in prompts)
+    short, long = lengths[3], lengths[-1]
+    assert lengths[2] < short < lengths[4] < long
+    for rows, expected in ((2, {short, long}), (4, {short, long}), (5, {long})):
+        sampler, one_size = make(tokenizer, config, rows), make(tokenizer, config, rows)
+        sampler.buckets, one_size.buckets = (
+            replace(sampler.buckets, prompt=sizes) for sizes in ((short, long), (long,))
+        )
+        whole = one_size.complete(params, prompts, group_size=2, seed=3)
+        widths.clear()
+        assert sampler.complete(params, prompts, group_size=2, seed=3) == whole
+        assert set(widths) == {size - len(sampler.layout.shared) for size in expected}
+
+
 def test_columns_wrap_around_for_ever(tokenizer, model, prompts, monkeypatch):
     """The clock of a server's caches never stops: after 2^31 steps it must not jump."""
     config, params = model
