@@ -101,7 +101,7 @@ def groups(
 ) -> Work:
     """`prefill`, and `group_size` completions of `answer` tokens on each row, all tokens at once; no logits."""
     own = count * group_size * answer
-    flops = decoder_flops(config.text, own, own * (shared + length + answer))
+    flops = decoder_flops(config.text, own, own * (shared + length) + count * group_size * row_pairs(answer))
     return prefill(config, count, length, patches, shared) + Work(own, flops, kv_bytes(config, own), 0.0)
 
 
@@ -144,7 +144,8 @@ def update(
     prompts = 1 if shared else group_size
     forward = prefill(config, prompts, prompt, patches * prompts)
     own = group_size * answer
-    forward += Work(own, decoder_flops(config.text, own, own * (prompt + answer)), 0, 0.0)
+    pairs = own * prompt + group_size * row_pairs(answer)
+    forward += Work(own, decoder_flops(config.text, own, pairs), 0, 0.0)
     return train(config, forward, own, remat=remat)
 
 

@@ -149,7 +149,7 @@ def _row(
     index: int, benchmark: str, sample: Sample, text: str, finished: bool, tokens: int | None, folder: Path
 ) -> dict:  # fmt: skip
     """A line of judgements.jsonl: what the report shows, and what the scores are made from, see `row_of`."""
-    return sample_row(sample, text, finished, folder) | {
+    return sample_row(sample, text, finished, picture_paths(sample, folder, write=False)) | {
         "index": index,
         "finished": finished,
         "benchmark": benchmark,

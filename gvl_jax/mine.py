@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from gvl_jax.config import Mine
@@ -96,7 +97,8 @@ def run(config: Mine) -> Path:
             )
             for index, group in zip(examples, completions, strict=True):
                 right = sum(is_right(one.text, one.finished, samples[index]) for one in group)
-                shown = sample_row(samples[index], group[0].text, group[0].finished, folder)
+                files = picture_paths(samples[index], folder, write=False)
+                shown = sample_row(samples[index], group[0].text, group[0].finished, files)
                 same = unanimous([(one.text, one.finished) for one in group])
                 rows.append({"index": index, "right": right, "of": config.samples, "unanimous": same} | shown)
             append_rows(attempts, rows)
@@ -110,9 +112,11 @@ def run(config: Mine) -> Path:
     drawn = np.random.default_rng(config.seed).permutation(len(hard))[: config.size]
     kept = [hard[i] for i in sorted(drawn)]
     # Wrong each time, and each time alike: the label may be at fault, not the model.
+    first = jax.process_index() == 0  # which writes them
     suspects = [
         {name: row[name] for name in SHOWN}
-        | {"reasoning": parse(row["completion"]).reasoning, "images": picture_paths(samples[row["index"]], folder)}
+        | {"reasoning": parse(row["completion"]).reasoning}
+        | {"images": picture_paths(samples[row["index"]], folder) if first else []}
         for row in judged if row["right"] == 0 and row["unanimous"]
     ]  # fmt: skip
     metrics = MetricsWriter(folder)

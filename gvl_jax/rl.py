@@ -374,8 +374,8 @@ def _computed(config: Rl, sampler: Sampler, shapes: list[tuple[int, ...]]) -> co
 
 def _row(step: int, group: Group, folder: Path) -> dict:
     """The first completion of a group, for the report."""
-    return sample_row(group.sample, group.texts[0], bool(group.stopped[0] != BUDGET), folder) | {
+    images = picture_paths(group.sample, folder)
+    return sample_row(group.sample, group.texts[0], bool(group.stopped[0] != BUDGET), images) | {
         "step": step,
-        "images": picture_paths(group.sample, folder),
         "reward": group.rewards[0].total,
     }

@@ -1,7 +1,6 @@
 """A stage's run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, and what the stage makes."""
 
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from gvl_jax.config import ConfigError
 from gvl_jax.guard.verdict import parse
 from gvl_jax.settings import dump
 from gvl_jax.sharding import exchange
-from gvl_jax.types import Merged, Sample
+from gvl_jax.types import Sample
 
 # A run may go on with other values of these: they change how a step is computed, not what it is.
 FREE = ("resume", "mesh", "rows", "remat", "workers", "save_every", "keep", "keep_best")
@@ -129,16 +128,14 @@ def own_file(path: Path) -> Path:
     return path.with_suffix(f".{jax.process_index()}{path.suffix}") if jax.process_count() > 1 else path
 
 
-def sample_row(sample: Sample, completion: str, finished: bool, folder: Path) -> dict[str, Any]:
-    """A judgement as report.py shows it; pictures by their path from the run folder, merged ones by those of their
-    parts, those in memory left out."""
+def sample_row(sample: Sample, completion: str, finished: bool, images: list[str]) -> dict[str, Any]:
+    """A judgement as report.py shows it; images: paths from the run folder."""
     verdict = parse(completion, finished)
-    pictures = [part for image in sample.images for part in (image.parts if isinstance(image, Merged) else [image])]
     return {
         "id": sample.id,
         "request": sample.request if sample.user_turn is None else sample.user_turn,
         "response": sample.response,
-        "images": [os.path.relpath(image, folder) for image in pictures if isinstance(image, Path)],
+        "images": images,
         "request_label": sample.request_label,
         "response_label": sample.response_label,
         "completion": completion,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from gvl_jax.losses import token_logprobs
 from gvl_jax.metrics import progress
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.model import bind
-from gvl_jax.slots import Entry, Slots
+from gvl_jax.slots import Entry, Slots, cache_sizes
 from gvl_jax.types import Batch, Example, Remat, Rollout
 
 CHUNK = 64  # tokens between two looks of the host: then slots are refilled, and caches grow
@@ -144,7 +144,7 @@ class Sampler:
         self.layout = Layout(tokenizer.image_pad, buckets.patches, model_config.vision.window_size, shared)
         self.slot_steps = self.used_steps = 0  # of slots since the last call began: computed, and by running ones
         self.ahead = ahead
-        self.compiled: set[tuple[int, int, int]] = set()  # tokens of a prompt, slots of a row, patches
+        self.compiled: set[tuple[int, int, int]] = set()  # tokens of a prompt, slots of a row, columns; or 0, patches
 
     def __call__(
         self,
@@ -186,29 +186,31 @@ class Sampler:
             )
         S = bucket - len(self.layout.shared)
         if self.ahead:
-            self._compile(several, prompts, S, min(self.slots or group_size, group_size))
+            longest = int(self.closing.length) if fast and self.closing else int(limits.max())
+            self._compile(several, prompts, S, min(self.slots or group_size, group_size), longest)
         if len(several) > 1:
             yield from self._at_once(several, S, prompts, keys, limits, answered, fast)
         else:
             yield from self._refilled(several[0], S, prompts, keys, limits, answered, fast)
 
-    def _compile(self, several: list[dict], prompts: Sequence[Example], S: int, R: int) -> None:
-        """What such prompts may need and no call before did: each number of patches, and caches of every length. On all
-        copies at once, by rows without content."""
+    def _compile(self, several: list[dict], prompts: Sequence[Example], S: int, R: int, longest: int) -> None:
+        """What such prompts may need and no call before did: each number of patches, and caches of every length up to
+        that of the longest completion. On all copies at once, by rows without content."""
         rows, pictured = max(1, self.rows // 8), any(len(prompt.grids) for prompt in prompts)
         merged = next((prompt.merged for prompt in prompts if prompt.merged is not None), None)
-        sizes = [0, *(self.layout.possible(rows * S) if pictured else ())]
-        new, lock = [size for size in sizes if (S, R, size) not in self.compiled], threading.Lock()
-        if not new:
+        budget, lock = self.sampling.max_new_tokens, threading.Lock()
+        sizes = (0, *(self.layout.possible(rows * S) if pictured else ()))
+        new = [patches for patches in sizes if (S, 0, patches) not in self.compiled]
+        caches = cache_sizes(min(CHUNK, budget), longest, budget)
+        if {(S, R, columns) for columns in caches} <= self.compiled:
+            caches = []
+        if not (new or caches):
             return
-        caches = [min(CHUNK, self.sampling.max_new_tokens)] if 0 in new else []
-        while caches and caches[-1] < self.sampling.max_new_tokens:
-            caches.append(min(2 * caches[-1], self.sampling.max_new_tokens))
 
         def rehearse(params: dict) -> None:
             with jax.default_device(_device(params)) if len(several) > 1 else nullcontext():  # as they are called later
                 shared = instruction(params, np.array(self.layout.shared, np.int32), config=self.model_config)
-                for patches in new:
+                for patches in new or [0]:
                     batch = fitted(None, (patches, rows, S), self.layout, merged)
                     kept = prefill(params, batch, shared, config=self.model_config)
                     said(f"prompts of {S} tokens with {patches} patches")
@@ -220,7 +222,7 @@ class Sampler:
                     slots.rehearse(kept)
                     said(f"answers of up to {columns} tokens")
 
-        total = len(several) * (len(new) + len(caches))
+        total = len(several) * (len(new or [0]) + len(caches))
         with progress(total, "compile") as advance, ThreadPoolExecutor(len(several)) as pool:
 
             def said(note: str) -> None:
@@ -228,7 +230,7 @@ class Sampler:
                     advance(note=note)
 
             list(pool.map(rehearse, several))
-        self.compiled |= {(S, R, size) for size in new}
+        self.compiled |= {(S, 0, patches) for patches in new} | {(S, R, columns) for columns in caches}
 
     def _at_once(self, several: list[dict], S: int, prompts: Sequence[Example], keys, limits, answered, fast: bool):
         """A thread for each copy of the model: no device waits for another."""
@@ -336,29 +338,31 @@ class Sampler:
         names: Sequence[int] | None = None,
         has_response: Sequence[bool] | None = None,
         budgets: Sequence[int] | None = None,
+        fast: bool = False,
         **options,
     ) -> list[list[Completion]]:
         """Completions as above, as text: the group of each prompt, in the order of the prompts. Those of like length
-        are computed together, so that no short one is read as a long one."""
+        are computed together, so that short ones are not read as long ones."""
         groups: dict[int, list[Completion]] = {}
-        for members in self._alike(prompts):
+        opening = len(self.closing.opening) if fast and self.closing else 0
+        enough = self.rows * (1 if isinstance(params, dict) else len(params))
+        for members in self._alike([len(prompt.tokens) + opening for prompt in prompts], enough):
 
             def of(values: Sequence | None, members=members) -> list | None:
                 return None if values is None else [values[i] for i in members]
 
-            each = {"has_response": of(has_response), "budgets": of(budgets)}
-            rollouts = self(params, of(prompts), names=of(names) or members, **each, **options)
-            for places, rollout in rollouts:
+            chosen = [prompts[i] for i in members]
+            each: dict[str, Any] = {"has_response": of(has_response), "budgets": of(budgets)}
+            for places, rollout in self(params, chosen, names=of(names) or members, fast=fast, **each, **options):
                 groups.update(zip([members[place] for place in places], self.completions(rollout), strict=True))
         return [groups[index] for index in range(len(prompts))]
 
-    def _alike(self, prompts: Sequence[Example]) -> list[list[int]]:
-        """The prompts of one bucket, with those of shorter ones that would not fill the rows."""
-        lengths = [len(prompt.tokens) for prompt in prompts]
-        groups, rest = [], sorted(range(len(prompts)), key=lambda i: lengths[i])
+    def _alike(self, lengths: Sequence[int], enough: int) -> list[list[int]]:
+        """The prompts of one bucket, where they and the longer ones are `enough` to fill the rows of all copies."""
+        groups, rest = [], sorted(range(len(lengths)), key=lambda i: lengths[i])
         for size in self.buckets.prompt:
             count = sum(lengths[i] <= size for i in rest)
-            if count >= self.rows:
+            if min(count, len(rest) - count) >= enough:
                 groups.append(sorted(rest[:count]))
                 rest = rest[count:]
         return [*groups, sorted(rest)] if rest else groups

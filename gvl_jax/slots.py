@@ -30,6 +30,14 @@ class Entry(NamedTuple):
     fast: bool  # no reasoning: the prompt ends with `Closing.opening`
 
 
+def cache_sizes(first: int, longest: int, budget: int) -> list[int]:
+    """Columns that caches have, one after the other, until a completion of `longest` tokens fits; at most `budget`."""
+    sizes = [first]
+    while sizes[-1] < min(longest, budget):
+        sizes.append(min(2 * sizes[-1], budget))
+    return sizes
+
+
 class Slots:
     """B rows of R slots. sizes: what the longest prompt in the rows is rounded up to when they are read; columns: of
     the caches at first; chunk: tokens between two looks of the host: then slots are refilled, and caches grow."""
@@ -118,7 +126,7 @@ class Slots:
 
     def grow(self) -> None:
         """Twice the columns, up to those of the longest completion: a new shape."""
-        self.columns = min(2 * self.columns, self.longest)
+        self.columns = cache_sizes(self.columns, self.columns + 1, self.longest)[-1]
         self.state = grow(self.state, columns=self.columns)
 
     def rehearse(self, kept: tuple[Array, Any]) -> None:

@@ -356,7 +356,8 @@ def test_what_is_under_way_is_bounded_and_a_long_list_goes_in_by_turns():
             async with httpx.AsyncClient(transport=app, base_url="http://server") as asking:
                 body = {"input_type": "request", "texts": ["HANG"]}
                 running = asyncio.gather(*(asking.post(LITELLM, json=body) for _ in range(4)))
-                await asyncio.sleep(0.1)
+                while not client.app.router.routes[-1].endpoint.__self__.full:
+                    await asyncio.sleep(0.01)
                 unread = await asking.post(LITELLM, content=b"{")
                 assert unread.status_code == 429, "a server that is full reads no body"
                 return await running

@@ -59,14 +59,14 @@ def test_prefill_flops_are_what_xla_counts():
 
 
 def test_flops_of_completions_on_a_shared_prompt_are_what_xla_counts():
-    config, prompt, group, answer = one_layer(), 64, 4, 48
+    config, prompt, group, answer = one_layer(), 64, 4, 600
     text = config.text
     kept = jnp.zeros((1, text.num_key_value_heads, 1, prompt, text.head_dim))
     shared = Prompt(kept, kept, jnp.ones((1, prompt), bool), jnp.full((1,), prompt))
     tokens = jnp.zeros((1, group, answer), jnp.int32)
-    own = group * answer
+    own = cost.groups(config, 1, prompt, (), 0, group, answer).flops - cost.prefill(config, 1, prompt).flops
     near(
-        cost.decoder_flops(text, own, own * (prompt + answer)),
+        own,
         counted(lambda params: bind(config, params).extend(tokens, shared), abstract_params(config)),
     )
 

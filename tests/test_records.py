@@ -1,9 +1,10 @@
 import json
 
 import pytest
+from PIL import Image
 
-from gvl_jax.data.records import BadRecord, load_records, read_records, to_record
-from gvl_jax.types import Sample
+from gvl_jax.data.records import BadRecord, load_records, picture_paths, read_records, to_record
+from gvl_jax.types import Merged, Sample
 
 FULL = {
     "id": "a1",
@@ -209,3 +210,13 @@ def test_a_category_is_kept_in_both_forms_and_must_be_text(tmp_path):
     assert (one.category, two.category, none.category) == ("theft", "fraud", None)
     assert "key 'category': got ['theft'], expected text or null" in bad.reason
     assert to_record(one, tmp_path)["category"] == "theft" and "category" not in to_record(none, tmp_path)
+
+
+def test_pictures_of_a_sample_are_files_beside_the_rows_that_name_them(tmp_path):
+    data, file = b"\x89PNG what an encoder made", tmp_path / "other" / "a.jpg"
+    sample = Sample("a", "Hi", None, (data, Merged((data, file)), Image.new("RGB", (1, 1))))
+    assert picture_paths(sample, tmp_path / "run", write=False) == ["../other/a.jpg"]
+    assert not (tmp_path / "run").exists()
+    first, again, other = picture_paths(sample, tmp_path / "run")
+    assert first == again and (tmp_path / "run" / first).read_bytes() == data
+    assert other == "../other/a.jpg"

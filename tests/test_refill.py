@@ -131,6 +131,7 @@ def test_a_stage_compiles_ahead_what_its_rollouts_need(count, tokenizer, model, 
         compiles.close()
         assert not compiles.counts
         compiles = CompileCounter()
+    compiles.close()
     said = capsys.readouterr().out
     assert f"compile {5 * count}/{5 * count}" in said and f"compile {count}/{count}" in said
 
@@ -147,7 +148,7 @@ def test_prompts_of_like_length_are_computed_together_where_they_fill_the_rows(t
     lengths = sorted(len(prompt.tokens) for prompt in prompts)
     short, long = lengths[3], lengths[-1]
     assert lengths[2] < short < lengths[4] < long
-    for rows, expected in ((2, {short, long}), (4, {short, long}), (5, {long})):
+    for rows, expected in ((2, {short, long}), (4, {long})):
         sampler, one_size = make(tokenizer, config, rows), make(tokenizer, config, rows)
         sampler.buckets, one_size.buckets = (
             replace(sampler.buckets, prompt=sizes) for sizes in ((short, long), (long,))

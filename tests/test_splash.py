@@ -39,7 +39,7 @@ def same(ours, plain):
 
 
 @pytest.mark.parametrize("B, R, prompted", [(3, 1, False), (2, 2, True)])
-def test_rows_after_an_instruction_and_their_prompts(B, R, prompted):
+def test_rows_after_an_instruction_and_their_prompts(B, R, prompted, monkeypatch):
     """Packed rows of several blocks, one of them padding alone; completions on padded prompts of different length."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
@@ -60,6 +60,8 @@ def test_rows_after_an_instruction_and_their_prompts(B, R, prompted):
     draw_k, draw_v = draw(K, shared, H), draw(K, shared, H)
     plain = of(attention.attend_after, attention.packed_mask(segments))
     same(of(splash.attend_after, segments, interpret=True), plain)
+    monkeypatch.setattr(attention, "BLOCK", 64)  # the last one is smaller
+    same(of(lambda q, k, v, given, *before: attention.in_rows(given)(q, k, v, *before), segments), plain)
 
 
 def test_pictures_in_one_buffer():

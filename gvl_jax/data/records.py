@@ -95,11 +95,11 @@ def to_record(sample: Sample, folder: Path) -> dict[str, Any]:
     return {key: value for key, value in record.items() if value is not None or key not in ("user_turn", "category")}
 
 
-def picture_paths(sample: Sample, folder: Path) -> list[str]:
-    """Paths from `folder` of a sample's pictures, of merged ones those of their parts; bytes are written there first,
-    see `to_record`, and opened ones are left out."""
+def picture_paths(sample: Sample, folder: Path, *, write: bool = True) -> list[str]:
+    """Paths from `folder` of a sample's pictures, of merged ones those of their parts. Bytes are written there first,
+    see `to_record`, or else left out, as opened pictures are."""
     parts = [part for image in sample.images for part in (image.parts if isinstance(image, Merged) else [image])]
-    files = [_picture_file(part, folder / "images") if isinstance(part, bytes) else part for part in parts]
+    files = [_picture_file(part, folder / "images") if write and isinstance(part, bytes) else part for part in parts]
     return [os.path.relpath(file, folder) for file in files if isinstance(file, Path)]
 
 
