@@ -51,6 +51,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(kept), cleanup_tmp_directories=not read_only
         )
+        # beside them: in a bucket Orbax takes what it has not written for a save that was not finished, and removes it
+        self._parts = self.folder.with_name(f"{self.folder.name}.parts")
         self._read_only = read_only
         handlers = {name: ocp.JsonCheckpointHandler() for name in ("meta", "metrics")}
         self._manager = ocp.CheckpointManager(
@@ -115,16 +117,15 @@ class Checkpoints:
         """Keep what this process has finished of `step`, which is not done. first: an item of it, in no other part."""
         file = io.BytesIO()
         np.savez(file, **arrays)  # type: ignore[arg-type]
-        folder = self.folder / "parts"
-        folder.mkdir(parents=True, exist_ok=True)
+        self._parts.mkdir(parents=True, exist_ok=True)
         name = f"{step}-{first}.npz"
-        (folder / f"{name}.unfinished").write_bytes(file.getvalue())
-        (folder / f"{name}.unfinished").replace(folder / name)
+        (self._parts / f"{name}.unfinished").write_bytes(file.getvalue())
+        (self._parts / f"{name}.unfinished").replace(self._parts / name)
 
     def parts(self, step: int) -> list[dict[str, np.ndarray]]:
         """What all processes, of whatever number, have kept of `step`; what they have kept of others is removed."""
-        folder, found = self.folder / "parts", []
-        for path in sorted(folder.iterdir()) if folder.exists() else []:
+        found: list[dict[str, np.ndarray]] = []
+        for path in sorted(self._parts.iterdir()) if self._parts.exists() else []:
             if path.name.startswith(f"{step}-") and path.suffix == ".npz":
                 try:
                     with np.load(io.BytesIO(path.read_bytes())) as arrays:

@@ -231,10 +231,10 @@ def test_parts_of_a_step_come_back_and_a_damaged_one_is_named(tmp_path, caplog):
     for first in (0, 4, 8):
         checkpoints.keep_part(3, first, {"index": np.arange(first, first + 4)})
     checkpoints.keep_part(2, 0, {"index": np.arange(4)})
-    (checkpoints.folder / "parts" / "3-4.npz").write_bytes(b"")  # the machine was lost before it was on disk
+    (tmp_path / "checkpoints.parts" / "3-4.npz").write_bytes(b"")  # the machine was lost before it was on disk
     with caplog.at_level(logging.WARNING, logger="gvl_jax.checkpoint"):
         parts = checkpoints.parts(3)
     assert sorted(part["index"].tolist() for part in parts) == [[0, 1, 2, 3], [8, 9, 10, 11]]
     assert "3-4.npz is damaged (No data left in file)" in caplog.text
-    assert sorted(path.name for path in (checkpoints.folder / "parts").iterdir()) == ["3-0.npz", "3-4.npz", "3-8.npz"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints.parts").iterdir()) == ["3-0.npz", "3-4.npz", "3-8.npz"]
     checkpoints.close()
