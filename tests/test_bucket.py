@@ -72,8 +72,6 @@ def test_checkpoints_in_a_bucket(tmp_path):
         "NO_GCE_CHECK": "true",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google over gRPC what kind of bucket it is
     }
-    done = subprocess.run(
-        [os.environ["GVL_BUCKET_PYTHON"], "-c", RUN.replace("PORT", str(port))], cwd=tmp_path, env=environment, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
+    command = [os.environ["GVL_BUCKET_PYTHON"], "-c", RUN.replace("PORT", str(port))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.endswith("as on a disk\n"), done.stderr[-3000:]
