@@ -1,8 +1,8 @@
 """tpu/sizing.md: what fits on which TPU slice, by `gvl plan`. A row that is in the folder of results is not compiled
-again.
+again: remove its file there.
 
-    python scripts/sizing.py --results runs/sizing > tpu/sizing.md
-    python scripts/sizing.py --results runs/sizing --rows 3b/sft/v5e-16 7b/rl/v6e-8 > tpu/sizing.md
+    python scripts/sizing.py > tpu/sizing.md
+    python scripts/sizing.py --rows 3b/sft/v5e-16 7b/rl/v6e-8 > tpu/sizing.md
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROWS = [f"{size}/{stage}/{name}" for size in ("3b", "7b") for stage in FLAGS for
 HEAD = """\
 # What fits where
 
-Made by `python scripts/sizing.py --results runs/sizing > tpu/sizing.md`; nothing in it was run on a TPU. Each row is a
+Made by `python scripts/sizing.py > tpu/sizing.md`; nothing in it was run on a TPU. Each row is a
 `gvl plan` of `configs/3b` or `configs/7b` with the flags shown: all functions of the stage, for the largest micro-batch
 that its buckets allow, through the compiler for that slice. Peak: of the program that needs most, with what is alive
 beside it, on each chip, against what a program may use.
@@ -66,7 +66,7 @@ def cells(row: str, plan: dict) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("runs/sizing"), help="folder (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=Path("tpu/sizing"), help="folder (default: %(default)s)")
     parser.add_argument("--rows", nargs="*", choices=ROWS, metavar="ROW", help="compile these; given empty: none")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
