@@ -175,6 +175,7 @@ class Sampler:
         if fast:
             assert self.closing is not None
             prompts = [extended(prompt, self.closing.opening) for prompt in prompts]
+            limits = np.minimum(limits, self.closing.length)
         several = list(params) if not isinstance(params, dict) else [params]
         if not prompts:
             return
@@ -186,8 +187,7 @@ class Sampler:
             )
         S = bucket - len(self.layout.shared)
         if self.ahead:
-            longest = int(self.closing.length) if fast and self.closing else int(limits.max())
-            self._compile(several, prompts, S, min(self.slots or group_size, group_size), longest)
+            self._compile(several, prompts, S, min(self.slots or group_size, group_size), int(limits.max()))
         if len(several) > 1:
             yield from self._at_once(several, S, prompts, keys, limits, answered, fast)
         else:

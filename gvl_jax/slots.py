@@ -144,7 +144,8 @@ class Slots:
         """Decode a chunk of tokens, or fewer once `ends` more slots are done. → the prompts that are complete, which
         leave their rows, with their completions."""
         live = self.number >= 0
-        while self.columns < min(self.longest, self.lengths[live].max() + self.chunk):
+        budget = max(entry.budget for entry in self.entries if entry is not None)
+        while self.columns < min(budget, self.lengths[live].max() + self.chunk):
             self.grow()
         most = max(entry.place.length for entry in self.entries if entry is not None)
         sampling, before = self.sampling, self.lengths

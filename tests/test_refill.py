@@ -113,10 +113,12 @@ def test_refilled_slots_equal_one_prompt_and_one_completion_at_a_time(rows, slot
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_stage_compiles_ahead_what_its_rollouts_need(count, tokenizer, model, prompts, monkeypatch, capsys):
+@pytest.mark.parametrize("count, budget, caches", [(1, BUDGET_TOKENS, 4), (2, BUDGET_TOKENS, 4), (1, 9, 2)])
+def test_a_stage_compiles_ahead_what_its_rollouts_need(
+    count, budget, caches, tokenizer, model, prompts, monkeypatch, capsys
+):
     config, params = model
-    sampler = make(tokenizer, config, rows=3, slots=2)  # shapes that no other test has
+    sampler = make(tokenizer, config, rows=3 if budget > 9 else 5, slots=2)  # shapes that no other test has
     sampler.ahead, rehearse, compiles = True, sampler._compile, CompileCounter()
 
     def compile_ahead(*args):
@@ -127,13 +129,13 @@ def test_a_stage_compiles_ahead_what_its_rollouts_need(count, tokenizer, model, 
     copies = [jax.device_put(params, device) for device in jax.devices()[:count]]
     for pictured in (False, True):  # the second call needs some more
         some = [prompt for prompt in prompts if pictured or not len(prompt.grids)]
-        collected(sampler, copies if count > 1 else params, some, group_size=3, seed=4)
+        collected(sampler, copies if count > 1 else params, some, group_size=3, seed=4, budgets=[budget] * len(some))
         compiles.close()
         assert not compiles.counts
         compiles = CompileCounter()
     compiles.close()
     said = capsys.readouterr().out
-    assert f"compile {5 * count}/{5 * count}" in said and f"compile {count}/{count}" in said
+    assert f"compile {(1 + caches) * count}/{(1 + caches) * count}" in said and f"compile {count}/{count}" in said
 
 
 def test_prompts_of_like_length_are_computed_together_where_they_fill_the_rows(tokenizer, model, prompts, monkeypatch):
