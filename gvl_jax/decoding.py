@@ -173,15 +173,23 @@ def stop(state: State, slots) -> State:
 
 
 @functools.partial(jax.jit, static_argnames=("columns",))
+def _longer(pair, clock, *, columns: int):
+    J = pair[0].shape[3]
+    new = ((0, 0),) * 3 + ((0, columns - J), (0, 0))
+    pair = jax.tree.map(lambda a: jnp.pad(jnp.roll(a, -(clock % J), axis=3), new), pair)
+    return pair, jnp.full((), J, jnp.int32)  # the column written last is now J - 1
+
+
 def grow(state: State, *, columns: int) -> State:
-    """The same state with caches of `columns`: the oldest column first, then the new ones."""
-    J = state.caches[0][0].shape[3]
+    """The same state with caches of `columns`: the oldest column first, then the new ones.
 
-    def longer(a):
-        return jnp.pad(jnp.roll(a, -(state.clock % J), axis=3), ((0, 0),) * 3 + ((0, columns - J), (0, 0)))
-
-    # the column written last is now J - 1
-    return state._replace(caches=jax.tree.map(longer, state.caches), clock=jnp.full((), J, jnp.int32))
+    Layer by layer, each deleted when it has been copied: the old caches and the new are never there together."""
+    caches, clock = [], state.clock
+    for pair in state.caches:
+        longer, clock = _longer(pair, state.clock, columns=columns)
+        jax.tree.map(lambda a: a.delete(), pair)
+        caches.append(longer)
+    return state._replace(caches=tuple(caches), clock=clock)
 
 
 @functools.partial(

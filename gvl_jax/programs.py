@@ -21,7 +21,6 @@ from gvl_jax.models.qwen_vl.model import abstract_params
 from gvl_jax.optim import optimizer, split_trained, update
 from gvl_jax.sampler import CHUNK, score
 from gvl_jax.sharding import AXES, abstract, apart, shardings
-from gvl_jax.slots import cache_sizes
 
 
 class Program(NamedTuple):
@@ -167,12 +166,8 @@ def rollout_programs(stage: Stage) -> list[Program]:
     budget = config.sampling.max_new_tokens
     shared, patches, weights = len(stage.layout.shared), max(config.buckets.patches), bytes_of(copy)
     few = max(1, B // 8)
-    *smaller, columns = cache_sizes(min(CHUNK, budget), budget, budget)
 
-    def state_of(J: int) -> Any:
-        return jax.eval_shape(functools.partial(decoding.empty_state, model, B, R, S, J, budget))
-
-    state = state_of(columns)
+    state = jax.eval_shape(functools.partial(decoding.empty_state, model, B, R, S, budget, budget))
     opening = local(np.zeros(shared, np.int32))
     kept = jax.eval_shape(functools.partial(decoding.instruction, config=model), copy, opening)
     banned, states = local(np.zeros(text.vocab_size, bool)), len(b"</result>") + 1
@@ -192,13 +187,6 @@ def rollout_programs(stage: Stage) -> list[Program]:
         Program(
             f"prefill {few} x {S} tokens", decoding.prefill, (copy, local(prompts(stage, few, S)), kept),
             {"config": model}, training + bytes_of(state), stage.per_chip(prefilled.flops), weights, "prompts",
-        ),
-        *(
-            Program(
-                f"grow {last} columns to {columns}", decoding.grow, (state_of(last),), {"columns": columns},
-                training + weights, 0.0, 2 * bytes_of(state), "prompts",
-            )
-            for last in smaller[-1:]
         ),
         Program(
             f"decode {B} x {R} slots, {budget} columns (bound: a token)", decoding.decode,
