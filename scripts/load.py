@@ -21,14 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
+import aiohttp
 import numpy as np
 
 from gvl_jax.data.embedded import generate
 from gvl_jax.types import Sample
 
 COLUMNS = ("mode", "load", "sent", "answers/s", "good/s", "p50 ms", "p95 ms", "p99 ms", "lag ms", "MB", "errors")
-POOLS = 32  # of connections: choosing one among hundreds of a single pool takes longer than the request
 
 
 class Answer(NamedTuple):
@@ -60,25 +59,20 @@ def bodies(mode: str, deadline_ms: int) -> list[bytes]:
 class Server:
     """Where the requests go."""
 
-    def __init__(self, url: str, key: str | None, deadline_ms: int) -> None:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self.deadline, tls = deadline_ms / 1000, httpx.create_ssl_context()
-        self.clients = [
-            httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=self.deadline + 30, verify=tls)
-            for _ in range(POOLS)
-        ]
+    def __init__(self, session: aiohttp.ClientSession, deadline_ms: int) -> None:
+        self.session, self.deadline = session, deadline_ms / 1000
 
-    async def ask(self, number: int, body: bytes, due: float | None = None) -> Answer:
+    async def ask(self, body: bytes, due: float | None = None) -> Answer:
         """due: on the clock of time.monotonic; none given: now."""
         sent = time.monotonic()
         due = sent if due is None else due
         try:
-            reply = await self.clients[number % POOLS].post("/v1/guard", content=body)
-            error = str(reply.status_code) if reply.status_code != 200 else ""
-            if not error and reply.json()["decided_by"] != "model":
-                error = reply.json()["status"]
-        except (httpx.HTTPError, ValueError, KeyError) as problem:
+            async with self.session.post("/v1/guard", data=body) as reply:
+                said = await reply.json()
+            error = str(reply.status) if reply.status != 200 else ""
+            if not error and said["decided_by"] != "model":
+                error = said["status"]
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as problem:
             error = type(problem).__name__
         seconds = time.monotonic() - due
         return Answer(seconds, sent - due, error or ("late" if seconds > self.deadline else ""))
@@ -92,7 +86,7 @@ async def closed(server: Server, requests: list[bytes], clients: int, seconds: f
     async def one(client: int) -> None:
         count = client
         while time.monotonic() < end:
-            answers.append(await server.ask(client, requests[count % len(requests)]))
+            answers.append(await server.ask(requests[count % len(requests)]))
             count += 1
 
     await asyncio.gather(*map(one, range(clients)))
@@ -106,7 +100,7 @@ async def opened(server: Server, requests: list[bytes], rate: float, seconds: fl
 
     async def one(number: int) -> Answer:
         await asyncio.sleep(max(0.0, due[number] - time.monotonic()))
-        return await server.ask(number, requests[number % len(requests)], float(due[number]))
+        return await server.ask(requests[number % len(requests)], float(due[number]))
 
     return await asyncio.gather(*map(one, range(len(due))))
 
@@ -176,20 +170,24 @@ def row(mode: str, load: str, answers: list[Answer], seconds: float, memory: flo
 
 async def run(args: argparse.Namespace) -> AsyncIterator[dict[str, Any]]:
     """→ the rows of the table, each when it is measured."""
-    server = Server(args.url, args.key, args.deadline_ms)
-    for mode in args.modes:
-        requests = bodies(mode, args.deadline_ms)
-        for number, body in enumerate(requests):
-            await server.ask(number, body)  # the first answer of a server may take longer
-        capacity = 0.0
-        for clients in args.clients:
-            answering = closed(server, requests, clients, args.seconds)
-            one = await measured(mode, f"{clients} clients", args.pid, answering)
-            capacity = max(capacity, one["good/s"])
-            yield one
-        for factor in args.offered if capacity else ():
-            answering = opened(server, requests, factor * capacity, args.seconds)
-            yield await measured(mode, f"{factor:g}x, {factor * capacity:.1f}/s", args.pid, answering)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {args.key}"} if args.key else {})
+    patience = aiohttp.ClientTimeout(total=args.deadline_ms / 1000 + 30)
+    connections = aiohttp.TCPConnector(limit=0)  # as many as there are requests
+    async with aiohttp.ClientSession(args.url, headers=headers, timeout=patience, connector=connections) as session:
+        server = Server(session, args.deadline_ms)
+        for mode in args.modes:
+            requests = bodies(mode, args.deadline_ms)
+            for body in requests:
+                await server.ask(body)  # the first answer of a server may take longer
+            capacity = 0.0
+            for clients in args.clients:
+                answering = closed(server, requests, clients, args.seconds)
+                one = await measured(mode, f"{clients} clients", args.pid, answering)
+                capacity = max(capacity, one["good/s"])
+                yield one
+            for factor in args.offered if capacity else ():
+                answering = opened(server, requests, factor * capacity, args.seconds)
+                yield await measured(mode, f"{factor:g}x, {factor * capacity:.1f}/s", args.pid, answering)
 
 
 def line(cells: list[Any]) -> str:

@@ -9,6 +9,7 @@ from gvl_jax.data.images import FACTOR, MERGE, PATCH_VALUES, patch_coords, windo
 from gvl_jax.types import Batch, Example, Vision
 
 UNIT = MERGE**2  # patches of a merged token
+CALL = 128  # tokens that are computed about as fast as all weights are read
 BUCKET_STEP = 64  # proposed buckets are multiples of it
 
 
@@ -146,6 +147,20 @@ def pack_queue(
                 places.append(Place(index, row, start, len(own[index].tokens)))
                 start += places[-1].length
         yield places, _assemble([[own[i] for i in indices] for indices in members], rows, length, layout)
+
+
+def cheapest_length(prompts: Sequence[Example], lengths: Sequence[int], layout: Layout) -> int:
+    """Of the `lengths` that hold each prompt, the one whose single rows of `pack_queue` compute least: tokens and
+    padding, a merged token counted like a token, and a call of the model like CALL of them."""
+    own = [_without_shared(prompt, layout) for prompt in prompts]
+    sizes = example_sizes(own, layout)
+
+    def cost(length: int) -> int:
+        calls = assign(own, rows=1, length=length, layout=layout)
+        pictures = sum(layout.bucket(*sizes[members, 1:].sum(axis=0)) for (members,) in calls)
+        return (CALL + length) * len(calls) + pictures // UNIT
+
+    return min((length for length in sorted(lengths) if length >= sizes[:, 0].max()), key=cost)
 
 
 def assign(

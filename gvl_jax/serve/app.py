@@ -95,17 +95,16 @@ def create_app(
         Route("/v1/guard", front.guard, methods=["POST"]),
         Route("/v1/guard/batch", front.batch, methods=["POST"]),
     ]
-    paths = {route.path for route in routes}
-    gate = Middleware(Gate, keys=keys, paths=paths, metrics=front.metrics)
+    gate = Middleware(Gate, keys=keys, paths={route.path for route in routes}, front=front)
     handlers = {HTTPException: known_error}  # no such route, or method
     return Starlette(routes=routes, middleware=[gate], exception_handlers=handlers, lifespan=lifespan)
 
 
 class Gate:
-    """Around every route: the key, one log line, one count, and an answer whatever happens inside."""
+    """Around every route: the key, room for one more, one log line, one count, an answer whatever happens inside."""
 
-    def __init__(self, app: ASGIApp, keys: list[bytes], paths: set[str], metrics: Metrics):
-        self.app, self.keys, self.paths, self.metrics = app, keys, paths, metrics
+    def __init__(self, app: ASGIApp, keys: list[bytes], paths: set[str], front: "Front"):
+        self.app, self.keys, self.paths, self.front, self.metrics = app, keys, paths, front, front.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -121,6 +120,9 @@ class Gate:
         try:
             if self.keys and scope["path"] not in OPEN and not authorized(Request(scope).headers, self.keys):
                 raise ApiError(401, "invalid_api_key", "a key is needed: Authorization: Bearer KEY")
+            if scope["method"] == "POST" and self.front.full:  # under overload most requests end here: at no more cost
+                await self._drop_body(Request(scope, receive))
+                raise Overloaded(1.0)
             await self.app(scope, receive, watched)
         except ClientDisconnect:
             self.metrics.gone.inc()
@@ -138,6 +140,13 @@ class Gate:
         level = logging.DEBUG if route in OPEN or route == "/metrics" else logging.INFO
         fields |= {"route": route, "status": status, "seconds": round(seconds, 4)}
         LOG.log(level, "request", extra={"fields": fields})
+
+    async def _drop_body(self, request: Request) -> None:
+        """Read to its end and kept nowhere: a client that still sends would not see the answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.front.settings.deadline):
+                async for _ in request.stream():
+                    pass
 
 
 class Unjudged(Exception):
@@ -270,18 +279,13 @@ class Front:
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request, seconds: float, schema: type[B]) -> AsyncIterator[tuple[B, float]]:
-        """The body, and the deadline of its answer. Raises Refused; ApiError while nothing can be judged; Overloaded
-        before anything is kept of the body, but after its end: a client that still sends would not see the answer."""
+        """The body, and the deadline of its answer. Raises Refused; ApiError while nothing can be judged."""
         if not self.engine.ready:
             raise ApiError(503, "not_ready", "the model is not ready", retry_after=1)
         deadline = time.monotonic() + seconds
         with self.room.body() as buffer:
             try:
                 async with asyncio.timeout(seconds):
-                    if self.full:
-                        async for _ in request.stream():
-                            pass
-                        raise Overloaded(1.0)
                     await read_body(request, buffer, self.room, self.settings.max_body)
             except TimeoutError:
                 raise Refused(408, "slow_body", f"the body took more than {seconds} s") from None

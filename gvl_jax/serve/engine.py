@@ -20,7 +20,7 @@ import numpy as np
 
 from gvl_jax.config import Mode
 from gvl_jax.data.loader import SampleRejected
-from gvl_jax.data.packing import Place, blank, pack_queue
+from gvl_jax.data.packing import Place, blank, cheapest_length, pack_queue
 from gvl_jax.decoding import instruction, prefill
 from gvl_jax.guard.prompt import has_response
 from gvl_jax.metrics import CompileCounter, progress
@@ -315,8 +315,7 @@ class Engine:
             return
         opening = self._guard.closing.opening
         prompts = [extended(work.example, opening) if work.fast else work.example for work in taken]
-        longest = max(len(prompt.tokens) for prompt in prompts) - len(self._layout.shared)
-        length = next(size for size in self._sizes if size >= longest)
+        length = cheapest_length(prompts, self._sizes, self._layout)
         for places, batch in pack_queue(prompts, rows=1, length=length, layout=self._layout):
             kept = prefill(self._guard.models[0], batch, self._shared, config=self._guard.model_config)
             entries = [self._entry(taken[place.prompt], prompts[place.prompt], place) for place in places]

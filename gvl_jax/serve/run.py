@@ -1,5 +1,6 @@
 """`gvl serve`: a model with its engine or on another server, the decoders and the HTTP server, until SIGTERM."""
 
+import gc
 import math
 import os
 import signal
@@ -16,6 +17,9 @@ from gvl_jax.serve.engine import Engine
 from gvl_jax.serve.http import load_keys
 from gvl_jax.serve.media import MediaPool
 from gvl_jax.serve.telemetry import LOG, log_to_stderr
+
+SWITCH = 5e-4  # seconds that the engine's thread waits for the interpreter while requests come in; Python's own: 5e-3
+KEEP_ALIVE = 75  # seconds: longer than load balancers reuse an idle connection (60), which would meet its end
 
 
 def run(config: Serve) -> None:
@@ -41,6 +45,9 @@ def run(config: Serve) -> None:
             raise RuntimeError(f"{config.model} misjudges the engine's canaries; serve a trained guard")
         app = create_app(engine, MediaPool(guard.images, config.decoders), config)
     LOG.info("serving", extra={"fields": {"host": config.host, "port": config.port, "model": config.model}})
+    gc.collect()
+    gc.freeze()  # to look through all that compiling left takes a third of a second, in which nobody is answered
+    sys.setswitchinterval(SWITCH)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises it again when it is done, which is no failure
     uvicorn.run(
         app,
@@ -49,5 +56,6 @@ def run(config: Serve) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=math.ceil(max(config.deadline, config.batch_deadline)),
     )
