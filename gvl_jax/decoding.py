@@ -16,6 +16,7 @@ from jax import lax
 from gvl_jax.guard.closing import Closing
 from gvl_jax.models.qwen_vl.config import QwenVLConfig
 from gvl_jax.models.qwen_vl.model import bind
+from gvl_jax.sharding import on_copy
 from gvl_jax.types import Array, Batch
 
 # Of a slot: nothing in it, drawing, or why its completion ended. CUT: a forced close came before `</think>`.
@@ -108,6 +109,7 @@ def instruction(params, tokens, *, config: QwenVLConfig):
     return bind(config, params).instruction(tokens)
 
 
+@on_copy
 @functools.partial(jax.jit, static_argnames=("config",))
 def prefill(params, batch: Batch, shared=None, *, config: QwenVLConfig):
     """Packed prompts → (hidden [B, T, D], keys and values [L, K, B, T, H]). shared: what `instruction` gave."""

@@ -55,6 +55,7 @@ from gvl_jax.sharding import (
     exchange,
     gather,
     make_mesh,
+    on_copy,
     place,
     shardings,
     value_and_grad,
@@ -258,6 +259,7 @@ def run(config: Rl) -> Path:
     return target
 
 
+@on_copy
 @functools.partial(jax.jit, static_argnames=("model_config",))
 def look(params, vision: Vision, *, model_config: QwenVLConfig):
     """What the vision tower makes of the pictures of a micro-batch."""

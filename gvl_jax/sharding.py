@@ -10,7 +10,8 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import nullcontext
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from gvl_jax.config import ConfigError
 from gvl_jax.config import Mesh as MeshShape
@@ -234,10 +235,30 @@ def copies(mesh: Mesh, params: dict, dtype) -> list[dict]:
     return found
 
 
+def on_copy(function: Any) -> Any:
+    """A jitted function of one of `copies`, its first argument, that may know of the mesh: see `alone_on_tpu`."""
+
+    def there(params: dict):
+        where = getattr(jax.tree.leaves(params)[0], "sharding", None)
+        return use_abstract_mesh(where.mesh.abstract_mesh) if isinstance(where, NamedSharding) else nullcontext()
+
+    def run(params: dict, *args, **options):
+        with there(params):
+            return function(params, *args, **options)
+
+    def lower(params: dict, *args, **options):
+        with there(params):
+            return function.lower(params, *args, **options)
+
+    run.lower = lower  # type: ignore[attr-defined]
+    return wraps(function, updated=())(run)
+
+
 def alone_on_tpu() -> bool:
-    """Inside `value_and_grad` on TPUs with nothing left to the compiler, which cannot split a kernel."""
+    """With nothing left to the compiler, which cannot split a kernel: inside `value_and_grad` on TPUs, or on one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return set(mesh.manual_axes) == set(AXES) and mesh.abstract_device.platform == "tpu"
+    alone = mesh.size == 1 or set(mesh.manual_axes) == set(AXES)
+    return not mesh.empty and alone and mesh.abstract_device.platform == "tpu"
 
 
 # ------------------------------------------------------------------------------------------------------------- the rows
