@@ -11,11 +11,13 @@ from gvl_jax.data.packing import (
     Layout,
     assign,
     blank,
+    cheapest_length,
     example_sizes,
     fitted,
     in_rounds,
     pack,
     pack_prompts,
+    pack_queue,
     pack_vision,
     padding,
     propose_patch_buckets,
@@ -165,6 +167,33 @@ def test_a_thin_picture_takes_the_bucket_that_has_its_windows():
     assert len(pack_vision([(thin.patches, thin.grids)], LAYOUT)[0].patches) == 1024
     square = example(rng, 5, (16, 16))  # 256 patches in 4 windows of 64
     assert len(pack_vision([(square.patches, square.grids)], LAYOUT)[0].patches) == 256
+
+
+@pytest.mark.parametrize(
+    "texts, pictures, expected",
+    [
+        ([100], [], 128),
+        ([120, 100], [], 128),
+        ([120, 100, 110], [], 512),  # one call, or three of 128
+        ([300], [], 512),  # what holds the longest
+        ([500, 500, 500], [], 1536),
+        ([500, 100], [], 512),
+        ([60, 60], [(32, 32)], 512),
+    ],
+)
+def test_a_turns_prompts_take_the_rows_that_compute_least(texts, pictures, expected):
+    rng = np.random.default_rng(0)
+    prompts = [example(rng, text) for text in texts] + [example(rng, 8, grid) for grid in pictures]
+    lengths = (128, 512, 1536)
+    length = cheapest_length(prompts, lengths, LAYOUT)
+
+    def cost(length):
+        batches = [batch for _, batch in pack_queue(prompts, rows=1, length=length, layout=LAYOUT)]
+        patches = [0 if batch.vision is None else len(batch.vision.patches) for batch in batches]
+        return sum(128 + length + patch // 4 for patch in patches)
+
+    assert cost(length) == min(cost(one) for one in lengths if one >= max(len(p.tokens) for p in prompts))
+    assert length == expected
 
 
 def test_no_examples_make_no_batches():

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +18,7 @@ from gvl_jax.config import Buckets, Images, Sampling
 from gvl_jax.data import tiny
 from gvl_jax.data.loader import to_example
 from gvl_jax.data.tokenizer import load_tokenizer
-from gvl_jax.decoding import BUDGET, END_TOKEN, empty_state
+from gvl_jax.decoding import BUDGET, END_TOKEN, empty_state, grow
 from gvl_jax.guard.closing import closing
 from gvl_jax.guard.prompt import answer_text, result_block
 from gvl_jax.guard.verdict import parse
@@ -110,6 +111,20 @@ def test_refilled_slots_equal_one_prompt_and_one_completion_at_a_time(rows, slot
             else:
                 np.testing.assert_array_equal(ours, theirs, err_msg=name)
     assert sampler.used_steps == used <= sampler.slot_steps
+
+
+def test_caches_grow_layer_by_layer_and_keep_what_is_in_the_ring(model):
+    config, _ = model
+    state = empty_state(config, 2, 3, 8, 4, 16)
+    wrapped = jax.tree.map(lambda a: jnp.arange(a.size, dtype=a.dtype).reshape(a.shape), state.caches)
+    state = state._replace(caches=wrapped, clock=jnp.int32(6))  # columns 2 and 3 are the oldest, then 0 and 1
+    before = jax.device_get(wrapped)
+    longer = grow(state, columns=7)
+    assert all(array.is_deleted() for array in jax.tree.leaves(wrapped)), "both would not fit side by side"
+    assert int(longer.clock) == 4
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(longer.caches), strict=True):
+        np.testing.assert_array_equal(new[:, :, :, :4], old[:, :, :, [2, 3, 0, 1]])
+        assert new.shape[3] == 7 and not new[:, :, :, 4:].any()
 
 
 @pytest.mark.usefixtures("short_chunks")

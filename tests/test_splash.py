@@ -9,7 +9,7 @@ import pytest
 
 from gvl_jax import plan, programs
 from gvl_jax.bench.inputs import _shape
-from gvl_jax.config import Buckets, Mesh, Sft
+from gvl_jax.config import Buckets, Mesh, Rl, Sampling, Sft
 from gvl_jax.models.qwen_vl import attention, splash
 from gvl_jax.sharding import make_mesh
 
@@ -78,12 +78,31 @@ def test_pictures_in_one_buffer():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'")
-@pytest.mark.parametrize("tensor, kernels", [(1, 2 * 4), (2, 0)])
+@pytest.mark.parametrize("tensor, kernels", [(1, 3 * 4), (2, 0)])
 def test_training_on_tpus_has_the_kernels_where_the_compiler_splits_no_heads(tensor, kernels):
-    """Forward, again for the gradient, by queries, by keys: in the decoder's layers and in full vision blocks."""
+    """Forward, again for the gradient, by queries, by keys: in the decoder's layers, of the instruction and of the rows,
+    and in full vision blocks."""
     shape = replace(_shape(512, 1024, 2, (4, 2), (2, 256, 512, 4), vocabulary=4096), dtype="bfloat16")
     config = Sft(mesh=Mesh(fsdp=2, tensor=tensor), buckets=Buckets(patches=(256,)), rows=1, max_length=256)
     stage = programs.stage_of(config, shape, make_mesh(config.mesh, plan.topology_devices("v5e:2x2")), 10)
     step = programs.sft_programs(stage)[0]
     lowered = step.function.lower(*step.args, **step.static).as_text()
     assert lowered.count('kernel_name = "splash') == kernels
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'")
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_samplers_copy_on_one_chip_has_the_kernels_too(tensor):
+    """In prompts, their completions' log-probs and full vision blocks; a token alone is decoded without."""
+    shape = replace(_shape(512, 1024, 2, (4, 2), (2, 256, 512, 4), vocabulary=4096), dtype="bfloat16")
+    buckets = Buckets(prompt=(256,), completion=(128,), patches=(256,))
+    config = Rl(mesh=Mesh(fsdp=4 // tensor, tensor=tensor), buckets=buckets, sampling=Sampling(max_new_tokens=128))
+    stage = programs.stage_of(config, shape, make_mesh(config.mesh, plan.topology_devices("v5e:2x2")), 10)
+    found = {}
+    for step in programs.rl_programs(stage):
+        lowered = step.function.lower(*step.args, **step.static).as_text()
+        found[step.name.split()[0]] = lowered.count('kernel_name = "splash')
+    # prompts: two layers and the vision tower's loop; completions: two more; the instruction, of whose last layer only
+    # keys and values are needed: one
+    kernels = {"prefill": 3, "decode": 0, "score": 6} if tensor == 1 else {"prefill": 0, "decode": 0, "score": 0}
+    assert {name: found[name] for name in kernels} == kernels
