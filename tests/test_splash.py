@@ -80,8 +80,8 @@ def test_pictures_in_one_buffer():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'")
 @pytest.mark.parametrize("tensor, kernels", [(1, 3 * 4), (2, 0)])
 def test_training_on_tpus_has_the_kernels_where_the_compiler_splits_no_heads(tensor, kernels):
-    """Forward, again for the gradient, by queries, by keys: in the decoder's layers, of the instruction and of the rows,
-    and in full vision blocks."""
+    """Forward, again for the gradient, by queries, by keys: in layers of the decoder, of instruction and rows, and in
+    full vision blocks."""
     shape = replace(_shape(512, 1024, 2, (4, 2), (2, 256, 512, 4), vocabulary=4096), dtype="bfloat16")
     config = Sft(mesh=Mesh(fsdp=2, tensor=tensor), buckets=Buckets(patches=(256,)), rows=1, max_length=256)
     stage = programs.stage_of(config, shape, make_mesh(config.mesh, plan.topology_devices("v5e:2x2")), 10)
