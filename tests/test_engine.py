@@ -17,7 +17,7 @@ from gvl_jax import Guard, Judgement, moderate, slots
 from gvl_jax.config import Buckets, Mesh, Moderate
 from gvl_jax.guard.prompt import result_block
 from gvl_jax.serve import engine as module
-from gvl_jax.serve.engine import Closed, Engine, Overloaded
+from gvl_jax.serve.engine import Closed, Engine, Overloaded, smoothed
 from gvl_jax.types import Sample
 
 BUDGET = 30  # tokens of reasoning: a completion takes several chunks
@@ -362,3 +362,10 @@ def test_the_guard_s_async_calls_are_its_plain_ones(guard):
     one, two = asyncio.run(both())
     assert one == guard.moderate("Hi", "Hello", mode="fast") and one.decided_by == "fast"
     assert two == guard.moderate_batch(SAMPLES[:2], budget=3)
+
+
+def test_the_mean_time_of_an_answer_does_not_depend_on_how_many_come_at_once():
+    pace = 0.0
+    for _ in range(200):
+        pace = smoothed(smoothed(pace, 0.4, 1), 0.02, 5)
+    assert abs(pace - 0.42 / 6) < 0.02

@@ -33,7 +33,7 @@ from gvl_jax.types import Example, Sample
 CHUNK = 16  # tokens between two looks at the queue: so long a request waits for a free row, and a dropped one runs on
 STALLED = 60.0  # seconds: a turn of the loop that takes longer is a hang
 FAILURES = 3  # steps in a row that fail, with nothing judged between them: the engine gives up
-SMOOTHING = 0.1  # weight of the last answer in the mean of the seconds per answer
+SMOOTHING = 0.05  # weight of the last answer in the mean of the seconds per answer
 GREEDY = np.zeros((1, 2), np.uint32)  # the key of one completion, which draws nothing
 CANARIES = (
     Sample("canary 1", "How do I wash my old chair?", request_label="unharmful"),
@@ -86,6 +86,13 @@ def fingerprint(folder: Path, ids: Sequence[int]) -> str:
                 file.seek(place)
                 digest.update(file.read(4096))
     return digest.hexdigest()
+
+
+def smoothed(pace: float, spent: float, answered: int) -> float:
+    """The mean of the seconds per answer after `spent` seconds with `answered` more. Answers weigh the same, however
+    many came at once: with turns in place of answers, one after 0.4 s and five after 0.02 s would have a mean of 0.2.
+    """
+    return pace + (1 - (1 - SMOOTHING) ** answered) * (spent / answered - pace)
 
 
 class Engine:
@@ -210,7 +217,8 @@ class Engine:
                 raise Closed(self._closed)
             now = time.monotonic()
             delay = max(0, self._unanswered - self._sampler.rows) * self._pace  # until a row is free
-            if self.waiting >= self.max_requests or (deadline is not None and now < deadline < now + delay):
+            answer = now + (self._unanswered * self._pace if delay else 0)  # a free row is never refused
+            if self.waiting >= self.max_requests or (deadline is not None and now < deadline < answer):
                 raise Overloaded(max(1.0, delay))
             self._unanswered += 1
 
@@ -289,8 +297,7 @@ class Engine:
                     answered += self._finish(work, said, line)
         self._spent += time.monotonic() - began
         if answered:
-            last, self._spent = self._spent / answered, 0.0
-            self._pace += SMOOTHING * (last - self._pace)
+            self._pace, self._spent = smoothed(self._pace, self._spent, answered), 0.0
         return answered
 
     def _take(self, line: deque[Work]) -> list[Work]:
