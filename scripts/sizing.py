@@ -21,6 +21,10 @@ FLAGS = {
     "sft": {"v5e": "--rows 1 --buckets.patches 4096 8192", "v6e": "--rows 2 --buckets.patches 4096 16384", "v5p": ""},
     "rl": {"v5e": "", "v6e": "", "v5p": "--rows 4 --buckets.patches 4096 16384 49152"},
 }
+SMALLER = {  # where these do not fit
+    "7b/sft/v5e-16": "--rows 1 --buckets.patches 4096",
+    "7b/sft/v6e-8": "--rows 1 --buckets.patches 4096 8192",
+}
 ROWS = [f"{size}/{stage}/{name}" for size in ("3b", "7b") for stage in FLAGS for name in NAMES]
 
 HEAD = """\
@@ -31,15 +35,15 @@ Made by `python scripts/sizing.py > tpu/sizing.md`; nothing in it was run on a T
 that its buckets allow, through the compiler for that slice. Peak: of the program that needs most, with what is alive
 beside it, on each chip, against what a program may use.
 
-| stage | slice | flags | mesh | peak GiB | fits | compiled in |
-|---|---|---|---|---|---|---|
+| stage | slice | flags | mesh | peak GiB | fits |
+|---|---|---|---|---|---|
 """
 
 
 def flags(row: str) -> str:
     """What `gvl sft` and `gvl rl` need on the slice beside the config file."""
     _, stage, name = row.split("/")
-    return f"--mesh.fsdp {min(16, SLICES[name].chips)} {FLAGS[stage][name.split('-')[0]]}".strip()
+    return f"--mesh.fsdp {min(16, SLICES[name].chips)} {SMALLER.get(row, FLAGS[stage][name.split('-')[0]])}".strip()
 
 
 def planned(row: str, results: Path) -> dict | None:
@@ -60,8 +64,7 @@ def cells(row: str, plan: dict) -> list[str]:
     verdict = "; ".join(f"{one['name'].split()[0]}: {one['problem']}. {' or '.join(one['advice'])}" for one in wrong)
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
     peak = f"{most['peak'] / 2**30:.1f} of {most['limit'] / 2**30:.2f}, {most['name'].split()[0]}"
-    seconds = f"{sum(one['compile_seconds'] for one in plan['programs']):.0f} s"
-    return [f"{size} {stage}", name, f"`{flags(row)}`", mesh, peak, verdict or "yes", seconds]
+    return [f"{size} {stage}", name, f"`{flags(row)}`", mesh, peak, verdict or "yes"]
 
 
 def main() -> int:
