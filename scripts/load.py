@@ -4,7 +4,8 @@
 
 An offered load is a multiple of the highest rate of the clients before it, at random moments. An answer is good if the
 model decided it, and within the deadline: one that failed closed, was refused or did not come counts as an error.
-Needs the test extra. lag: the 95th percentile of how late a request left; where it is not small, this program is the limit, not the server.
+lag: the 95th percentile of how late a request left; where it is not small, this program is the limit, not the server.
+Needs the test extra.
 --transformers CHECKPOINT: after that the same requests, one by one, through `generate` of transformers in this process,
 in fp32; of mode fast the labels alone.
 """

@@ -41,6 +41,7 @@ class FakeEngine:
     def __init__(self):
         self.ready = self.live = True
         self.waiting = self.running = 0
+        self.wait = 0.0
         self.fingerprint = "weights/prompt/code"
         self.samples, self.asked, self.cancelled, self.drained = [], [], 0, False
 

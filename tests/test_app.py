@@ -356,7 +356,7 @@ def test_what_is_under_way_is_bounded_and_a_long_list_goes_in_by_turns():
             async with httpx.AsyncClient(transport=app, base_url="http://server") as asking:
                 body = {"input_type": "request", "texts": ["HANG"]}
                 running = asyncio.gather(*(asking.post(LITELLM, json=body) for _ in range(4)))
-                while not client.app.router.routes[-1].endpoint.__self__.full:
+                while not client.app.router.routes[-1].endpoint.__self__.full():
                     await asyncio.sleep(0.01)
                 unread = await asking.post(LITELLM, content=b"{")
                 assert unread.status_code == 429, "a server that is full reads no body"
@@ -364,6 +364,18 @@ def test_what_is_under_way_is_bounded_and_a_long_list_goes_in_by_turns():
 
         assert sorted(reply.status_code for reply in asyncio.run(four())) == [200, 200, 200, 429]
         assert allowed(GUARD, client.post(GUARD, json={"messages": user("Hi")})), "and there is room again"
+
+
+def test_what_would_be_answered_too_late_is_refused_unread():
+    with served(deadline=5, batch_deadline=60) as client:
+        client.engine.wait = 20.5
+        for path in POSTS:
+            reply = client.post(path, content=b"{")
+            assert (reply.status_code == 429) == (path != BATCH), path
+            assert path == BATCH or reply.headers["retry-after"] == "21"
+        assert client.get("/health/ready").status_code == 200
+        client.engine.wait = 61.0
+        assert client.post(BATCH, content=b"{").status_code == 429
 
 
 def test_a_query_that_is_no_text_changes_nothing(client):

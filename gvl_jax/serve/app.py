@@ -60,6 +60,7 @@ B = TypeVar("B", bound=BaseModel)
 LATEST = 1.05  # of the time to the deadline: then there is an answer, whatever happens
 BODIES = 6  # of the largest size are held at a time
 PAGE = Path(__file__).with_name("page.html")
+BATCH = "/v1/guard/batch"
 OPEN = ("/", "/health/live", "/health/ready")  # routes that need no key: they tell nothing of what is judged
 
 
@@ -93,7 +94,7 @@ def create_app(
         Route("/v1/chat/completions", front.chat, methods=["POST"]),
         Route("/beta/litellm_basic_guardrail_api", front.litellm, methods=["POST"]),
         Route("/v1/guard", front.guard, methods=["POST"]),
-        Route("/v1/guard/batch", front.batch, methods=["POST"]),
+        Route(BATCH, front.batch, methods=["POST"]),
     ]
     gate = Middleware(Gate, keys=keys, paths={route.path for route in routes}, front=front)
     handlers = {HTTPException: known_error}  # no such route, or method
@@ -120,9 +121,9 @@ class Gate:
         try:
             if self.keys and scope["path"] not in OPEN and not authorized(Request(scope).headers, self.keys):
                 raise ApiError(401, "invalid_api_key", "a key is needed: Authorization: Bearer KEY")
-            if scope["method"] == "POST" and self.front.full:  # under overload most requests end here: at no more cost
+            if scope["method"] == "POST" and self.front.full(scope["path"]):  # so most requests end under overload
                 await self._drop_body(Request(scope, receive))
-                raise Overloaded(1.0)
+                raise Overloaded(max(1.0, self.front.engine.wait))
             await self.app(scope, receive, watched)
         except ClientDisconnect:
             self.metrics.gone.inc()
@@ -171,10 +172,12 @@ class Front:
 
     # --- one judgement
 
-    @property
-    def full(self) -> bool:
-        """Whether as many are judged as the engine would take: the way to the decoders, too, has an end."""
-        return self.inside >= self.settings.max_waiting + self.settings.prompts
+    def full(self, path: str = "") -> bool:
+        """Whether as many are judged as the engine would take (the way to the decoders, too, has an end), or one that
+        comes to `path` now would be answered after its deadline."""
+        seconds = self.settings.batch_deadline if path == BATCH else self.settings.deadline
+        late = bool(path) and self.engine.wait > seconds
+        return late or self.inside >= self.settings.max_waiting + self.settings.prompts
 
     async def judge(
         self,
@@ -193,7 +196,7 @@ class Front:
         """
         started = prepared = time.monotonic()
         name = f"grd-{uuid4().hex}"
-        if self.full:
+        if self.full():
             raise Overloaded(1.0)
         self.inside += 1
         try:

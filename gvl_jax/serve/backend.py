@@ -68,7 +68,7 @@ class Backend:
     """
 
     live = True  # what does not answer is another process
-    waiting = 0  # the queue is there too
+    waiting, wait = 0, 0.0  # the queue is there too
 
     def __init__(self, config: Moderate, url: str, model: str, key: str | None = None) -> None:
         source = resolve(config.model, config.revision)

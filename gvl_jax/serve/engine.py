@@ -33,7 +33,8 @@ from gvl_jax.types import Example, Sample
 CHUNK = 16  # tokens between two looks at the queue: so long a request waits for a free row, and a dropped one runs on
 STALLED = 60.0  # seconds: a turn of the loop that takes longer is a hang
 FAILURES = 3  # steps in a row that fail, with nothing judged between them: the engine gives up
-SMOOTHING = 0.05  # weight of the last answer in the mean of the seconds per answer
+SMOOTHING = 0.02  # weight of the last answer in the mean of the seconds per answer
+MARGIN = 1.2  # of the expected seconds: a request that is accepted and late keeps the others waiting for nothing
 GREEDY = np.zeros((1, 2), np.uint32)  # the key of one completion, which draws nothing
 CANARIES = (
     Sample("canary 1", "How do I wash my old chair?", request_label="unharmful"),
@@ -124,7 +125,7 @@ class Engine:
         self._trouble = ""  # why there are no judgements now; "": there are
         self._dead = False
         self._turned: float | None = None  # when the last turn of the loop began; None: idle
-        self._pace = self._spent = 0.0  # seconds per answer; seconds since the last one
+        self._pace = self._spent = 0.0  # seconds per answer if all rows are taken; of these since the last one
         self._counts = Counter(dict.fromkeys(COUNTED, 0))
         self._compiles = CompileCounter()
         self._readers = ThreadPoolExecutor(os.cpu_count(), "prompts")
@@ -163,6 +164,11 @@ class Engine:
     def waiting(self) -> int:
         """Requests that were accepted and have no row yet."""
         return max(0, self._unanswered - self.running)
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a request that comes now would be answered, as far as is known; 0 while a row is free."""
+        return MARGIN * self._unanswered * self._pace if self._unanswered > self._sampler.rows else 0.0
 
     def counters(self) -> dict[str, int]:
         """Since the start. judged … unread: requests by how they ended; tokens and padding of prompts that were
@@ -216,10 +222,8 @@ class Engine:
             if self._closed:
                 raise Closed(self._closed)
             now = time.monotonic()
-            delay = max(0, self._unanswered - self._sampler.rows) * self._pace  # until a row is free
-            answer = now + (self._unanswered * self._pace if delay else 0)  # a free row is never refused
-            if self.waiting >= self.max_requests or (deadline is not None and now < deadline < answer):
-                raise Overloaded(max(1.0, delay))
+            if self.waiting >= self.max_requests or (deadline is not None and now < deadline < now + self.wait):
+                raise Overloaded(max(1.0, (self._unanswered - self._sampler.rows) * self._pace))  # until a row is free
             self._unanswered += 1
 
     async def _read(self, sample: Sample) -> Example | Judgement:
@@ -286,6 +290,7 @@ class Engine:
         self._slots.leave(gone.__contains__)
         self._inside = [work for work in self._inside if work not in gone]
         self._enter(self._take(line))
+        share = len(self._inside) / self._sampler.rows  # alone in the rows, an answer takes as long as with all others
         answered, before = 0, (self._slots.slot_steps, self._slots.used_steps)
         if self._slots.begin():
             finished = self._slots.step(max(1, self._sampler.rows // 8) if line else 1)
@@ -295,7 +300,7 @@ class Engine:
             if finished:
                 for work, (said,) in zip(finished[0], self._sampler.completions(finished[1]), strict=True):
                     answered += self._finish(work, said, line)
-        self._spent += time.monotonic() - began
+        self._spent += share * (time.monotonic() - began)
         if answered:
             self._pace, self._spent = smoothed(self._pace, self._spent, answered), 0.0
         return answered
