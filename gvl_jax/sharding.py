@@ -324,7 +324,9 @@ def value_and_grad(
         return jax.value_and_grad(lambda trained: loss_of(trained | frozen, rows, rest), has_aux=True)(trained)
 
     if mesh is None or mesh.size == mesh.shape["tensor"]:
-        (loss, metrics), grads = local(trained, frozen, rows, rest)
+        alone = mesh is not None and mesh.size == 1
+        with use_abstract_mesh(mesh.abstract_mesh) if alone else nullcontext():  # type: ignore[union-attr]
+            (loss, metrics), grads = local(trained, frozen, rows, rest)
         if mesh is not None and mesh.size > 1:
             grads = lax.with_sharding_constraint(grads, shardings(mesh, grads))
         return loss, jax.tree.map(lambda m: jnp.asarray(m)[None], metrics), grads

@@ -356,7 +356,7 @@ def test_what_is_under_way_is_bounded_and_a_long_list_goes_in_by_turns():
             async with httpx.AsyncClient(transport=app, base_url="http://server") as asking:
                 body = {"input_type": "request", "texts": ["HANG"]}
                 running = asyncio.gather(*(asking.post(LITELLM, json=body) for _ in range(4)))
-                while not client.app.router.routes[-1].endpoint.__self__.full():
+                while not client.app.router.routes[-1].endpoint.__self__.full(9.0):
                     await asyncio.sleep(0.01)
                 unread = await asking.post(LITELLM, content=b"{")
                 assert unread.status_code == 429, "a server that is full reads no body"
@@ -372,10 +372,22 @@ def test_what_would_be_answered_too_late_is_refused_unread():
         for path in POSTS:
             reply = client.post(path, content=b"{")
             assert (reply.status_code == 429) == (path != BATCH), path
-            assert path == BATCH or reply.headers["retry-after"] == "21"
+            assert path == BATCH or reply.headers["retry-after"] == "16"
         assert client.get("/health/ready").status_code == 200
+        assert client.post("/health/ready").status_code == 405 and client.post("/elsewhere").status_code == 404
         client.engine.wait = 61.0
         assert client.post(BATCH, content=b"{").status_code == 429
+        client.engine.ready = False
+        assert client.post(BATCH, content=b"{").status_code == 503, "an outage is no load"
+
+
+def test_a_deadline_of_its_own_refuses_a_request_but_nothing_in_a_list():
+    with served(deadline=5) as client:
+        client.engine.wait = 2.0
+        hurried = {"messages": user("Hi"), "deadline_ms": 1000}
+        assert client.post(GUARD, json=hurried).status_code == 429 and not client.engine.samples
+        assert allowed(GUARD, client.post(GUARD, json={"messages": user("Hi")}))
+        assert client.post(BATCH, json={"items": [hurried, hurried]}).status_code == 200
 
 
 def test_a_query_that_is_no_text_changes_nothing(client):

@@ -78,13 +78,14 @@ def test_pictures_in_one_buffer():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'")
-@pytest.mark.parametrize("tensor, kernels", [(1, 3 * 4), (2, 0)])
-def test_training_on_tpus_has_the_kernels_where_the_compiler_splits_no_heads(tensor, kernels):
+@pytest.mark.parametrize("fsdp, tensor, kernels", [(2, 1, 3 * 4), (2, 2, 0), (1, 1, 3 * 4)])
+def test_training_on_tpus_has_the_kernels_where_the_compiler_splits_no_heads(fsdp, tensor, kernels):
     """Forward, again for the gradient, by queries, by keys: in layers of the decoder, of instruction and rows, and in
     full vision blocks."""
     shape = replace(_shape(512, 1024, 2, (4, 2), (2, 256, 512, 4), vocabulary=4096), dtype="bfloat16")
-    config = Sft(mesh=Mesh(fsdp=2, tensor=tensor), buckets=Buckets(patches=(256,)), rows=1, max_length=256)
-    stage = programs.stage_of(config, shape, make_mesh(config.mesh, plan.topology_devices("v5e:2x2")), 10)
+    devices = plan.topology_devices("v5e:2x2")[: 1 if fsdp == 1 else None]
+    config = Sft(mesh=Mesh(fsdp=fsdp, tensor=tensor), buckets=Buckets(patches=(256,)), rows=1, max_length=256)
+    stage = programs.stage_of(config, shape, make_mesh(config.mesh, devices), 10)
     step = programs.sft_programs(stage)[0]
     lowered = step.function.lower(*step.args, **step.static).as_text()
     assert lowered.count('kernel_name = "splash') == kernels

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -43,6 +44,7 @@ from gvl_jax.serve.http import (
     Room,
     api_error,
     authorized,
+    drop_body,
     error_response,
     json_response,
     load_keys,
@@ -121,9 +123,11 @@ class Gate:
         try:
             if self.keys and scope["path"] not in OPEN and not authorized(Request(scope).headers, self.keys):
                 raise ApiError(401, "invalid_api_key", "a key is needed: Authorization: Bearer KEY")
-            if scope["method"] == "POST" and self.front.full(scope["path"]):  # so most requests end under overload
-                await self._drop_body(Request(scope, receive))
-                raise Overloaded(max(1.0, self.front.engine.wait))
+            if scope["method"] == "POST" and scope["path"] in self.paths - set(OPEN) and self.front.engine.ready:
+                seconds = self.front.settings.batch_deadline if scope["path"] == BATCH else self.front.settings.deadline
+                if self.front.full(seconds):  # so most requests end under overload
+                    await drop_body(Request(scope, receive), seconds)
+                    raise Overloaded(max(1.0, self.front.engine.wait - seconds))
             await self.app(scope, receive, watched)
         except ClientDisconnect:
             self.metrics.gone.inc()
@@ -141,13 +145,6 @@ class Gate:
         level = logging.DEBUG if route in OPEN or route == "/metrics" else logging.INFO
         fields |= {"route": route, "status": status, "seconds": round(seconds, 4)}
         LOG.log(level, "request", extra={"fields": fields})
-
-    async def _drop_body(self, request: Request) -> None:
-        """Read to its end and kept nowhere: a client that still sends would not see the answer."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.front.settings.deadline):
-                async for _ in request.stream():
-                    pass
 
 
 class Unjudged(Exception):
@@ -172,12 +169,10 @@ class Front:
 
     # --- one judgement
 
-    def full(self, path: str = "") -> bool:
+    def full(self, seconds: float) -> bool:
         """Whether as many are judged as the engine would take (the way to the decoders, too, has an end), or one that
-        comes to `path` now would be answered after its deadline."""
-        seconds = self.settings.batch_deadline if path == BATCH else self.settings.deadline
-        late = bool(path) and self.engine.wait > seconds
-        return late or self.inside >= self.settings.max_waiting + self.settings.prompts
+        comes now would be answered after `seconds`."""
+        return self.engine.wait > max(0.0, seconds) or self.inside >= self.settings.max_waiting + self.settings.prompts
 
     async def judge(
         self,
@@ -185,19 +180,22 @@ class Front:
         deadline: float,
         *,
         bare: bool = False,
+        listed: bool = False,
         mode: Mode | None = None,
         budget: int | None = None,
         threshold: float | None = None,
     ) -> Answer:
         """`deadline`: on the clock of time.monotonic. `bare`: a picture may be base64 without a data URL around it.
+        `listed`: one of several, which is late, not refused, when the list takes long.
 
         What is wrong with the input, and whatever goes wrong with it, is a judgement that blocks. Raises Overloaded,
         Closed, and ApiError if the engine is down.
         """
         started = prepared = time.monotonic()
         name = f"grd-{uuid4().hex}"
-        if self.full():
-            raise Overloaded(1.0)
+        seconds = math.inf if listed else deadline - started
+        if self.full(seconds):
+            raise Overloaded(max(1.0, self.engine.wait - seconds))
         self.inside += 1
         try:
             # The engine and the decoders keep the deadline; this is for one that does not.
@@ -302,7 +300,9 @@ class Front:
             async with self.body(request, self.settings.deadline, schemas.ModerationRequest) as (body, deadline):
                 asks = wire.moderation_asks(body)
                 self._few(asks)
-                answers = await unless_gone(request, self._in_turn(lambda ask: self.judge(ask, deadline), asks))
+                answers = await unless_gone(
+                    request, self._in_turn(lambda ask: self.judge(ask, deadline, listed=len(asks) > 1), asks)
+                )
         except Refused as error:
             answers = [self.refused(error)]
         self.count(request, answers)
@@ -370,13 +370,15 @@ class Front:
             body = validate(schemas.GuardRequest, tree)
         except Refused as error:
             return self.refused(error), False
-        return await self._native(body, deadline), body.reasoning
+        return await self._native(body, deadline, listed=True), body.reasoning
 
-    async def _native(self, body: schemas.GuardRequest, deadline: float) -> Answer:
+    async def _native(self, body: schemas.GuardRequest, deadline: float, listed: bool = False) -> Answer:
         if body.deadline_ms is not None:
             deadline = min(deadline, time.monotonic() + body.deadline_ms / 1000)
         ask = wire.ask(body.messages)
-        return await self.judge(ask, deadline, mode=body.mode, budget=body.reasoning_budget, threshold=body.threshold)
+        return await self.judge(
+            ask, deadline, listed=listed, mode=body.mode, budget=body.reasoning_budget, threshold=body.threshold
+        )
 
     def _verdict(self, answer: Answer, reasoning: bool) -> schemas.GuardVerdict:
         return wire.native(answer, self.settings.name, self.engine.fingerprint, reasoning)

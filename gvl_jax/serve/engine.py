@@ -89,11 +89,12 @@ def fingerprint(folder: Path, ids: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-def smoothed(pace: float, spent: float, answered: int) -> float:
-    """The mean of the seconds per answer after `spent` seconds with `answered` more. Answers weigh the same, however
-    many came at once: with turns in place of answers, one after 0.4 s and five after 0.02 s would have a mean of 0.2.
-    """
-    return pace + (1 - (1 - SMOOTHING) ** answered) * (spent / answered - pace)
+def smoothed(pace: float, spent: float, answered: int, count: int) -> float:
+    """The mean of the seconds per answer after `spent` seconds with `answered` more, `count` in all. Answers weigh the
+    same, however many came at once: with turns in place of answers, one after 0.4 s and five after 0.02 s would have a
+    mean of 0.2."""
+    weight = max(1 - (1 - SMOOTHING) ** answered, answered / max(answered, count))
+    return pace + weight * (spent / answered - pace)
 
 
 class Engine:
@@ -168,7 +169,7 @@ class Engine:
     @property
     def wait(self) -> float:
         """Seconds until a request that comes now would be answered, as far as is known; 0 while a row is free."""
-        return MARGIN * self._unanswered * self._pace if self._unanswered > self._sampler.rows else 0.0
+        return MARGIN * (self._unanswered + 1) * self._pace if self._unanswered >= self._sampler.rows else 0.0
 
     def counters(self) -> dict[str, int]:
         """Since the start. judged … unread: requests by how they ended; tokens and padding of prompts that were
@@ -184,7 +185,7 @@ class Engine:
         one that blocks, its status `deadline`. Raises Overloaded, Closed, and ValueError for another mode or budget.
         """
         asked = self._guard.asked(mode, budget)
-        self._accept(deadline)
+        self._accept()
         try:
             async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
                 example = await self._read(sample)
@@ -217,12 +218,11 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- the way in
 
-    def _accept(self, deadline: float | None) -> None:
+    def _accept(self) -> None:
         with self._change:
             if self._closed:
                 raise Closed(self._closed)
-            now = time.monotonic()
-            if self.waiting >= self.max_requests or (deadline is not None and now < deadline < now + self.wait):
+            if self.waiting >= self.max_requests:
                 raise Overloaded(max(1.0, (self._unanswered - self._sampler.rows) * self._pace))  # until a row is free
             self._unanswered += 1
 
@@ -290,7 +290,7 @@ class Engine:
         self._slots.leave(gone.__contains__)
         self._inside = [work for work in self._inside if work not in gone]
         self._enter(self._take(line))
-        share = len(self._inside) / self._sampler.rows  # alone in the rows, an answer takes as long as with all others
+        entered, share = time.monotonic(), len(self._inside) / self._sampler.rows
         answered, before = 0, (self._slots.slot_steps, self._slots.used_steps)
         if self._slots.begin():
             finished = self._slots.step(max(1, self._sampler.rows // 8) if line else 1)
@@ -300,9 +300,10 @@ class Engine:
             if finished:
                 for work, (said,) in zip(finished[0], self._sampler.completions(finished[1]), strict=True):
                     answered += self._finish(work, said, line)
-        self._spent += share * (time.monotonic() - began)
+        # alone in the rows, an answer takes as long to decode as with all others; its prompt is computed for it alone
+        self._spent += entered - began + share * (time.monotonic() - entered)
         if answered:
-            self._pace, self._spent = smoothed(self._pace, self._spent, answered), 0.0
+            self._pace, self._spent = smoothed(self._pace, self._spent, answered, self._counts["judged"]), 0.0
         return answered
 
     def _take(self, line: deque[Work]) -> list[Work]:

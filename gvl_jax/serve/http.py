@@ -1,11 +1,12 @@
 """What every route needs: errors in OpenAI's envelope, bodies within bounds, strict JSON, bearer keys."""
 
+import asyncio
 import hashlib
 import hmac
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,6 +95,14 @@ class Room:
 
 def _held(data: bytes | bytearray) -> int:
     return len(data) + OBJECT * data.count(b",")
+
+
+async def drop_body(request: Request, seconds: float) -> None:
+    """Read to its end, or so long, and kept nowhere: a client that still sends would not see the answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            async for _ in request.stream():
+                pass
 
 
 async def read_body(request: Request, buffer: bytearray, room: Room, limit: int) -> None:

@@ -19,7 +19,7 @@ from gvl_jax.serve.media import MediaPool
 from gvl_jax.serve.telemetry import LOG, log_to_stderr
 
 SWITCH = 5e-4  # seconds that the engine's thread waits for the interpreter while requests come in; Python's own: 5e-3
-KEEP_ALIVE = 75  # seconds: longer than load balancers reuse an idle connection (60), which would meet its end
+KEEP_ALIVE = 75  # seconds: longer than nginx and AWS reuse an idle connection (60), which would meet its end
 
 
 def run(config: Serve) -> None:
@@ -56,6 +56,7 @@ def run(config: Serve) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        http="h11",  # uvicorn's other parser, which it prefers where it is installed, bounds no request's head
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=math.ceil(max(config.deadline, config.batch_deadline)),
     )

@@ -116,6 +116,16 @@ def server(model, tmp_path_factory):
 # --- hostile input
 
 
+def test_a_head_without_an_end_is_not_read(server):
+    sent, host = 0, server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host[0], int(host[1])), timeout=20) as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: here\r\nx: ")
+        with pytest.raises(OSError):
+            while sent < 100_000_000:
+                sent += connection.send(b"a" * 65_536)
+    assert sent < 20_000_000, "what the kernels hold, and 64 kB"
+
+
 def cases():
     """(path, body, whether it may be allowed)"""
     for name, words in (REQUESTS | LONG).items():

@@ -1,6 +1,7 @@
 """Attention, in the three shapes the model needs. Softmax in fp32, masked rows stay finite, GQA by head groups.
 
-Through XLA, but for the rows and pictures of a training step on TPUs, which are the splash kernel's.
+Through XLA, but on TPUs for the rows and pictures of a training step and of a sampler's copy, which are the splash
+kernel's.
 """
 
 import functools
