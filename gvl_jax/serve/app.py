@@ -300,9 +300,8 @@ class Front:
             async with self.body(request, self.settings.deadline, schemas.ModerationRequest) as (body, deadline):
                 asks = wire.moderation_asks(body)
                 self._few(asks)
-                answers = await unless_gone(
-                    request, self._in_turn(lambda ask: self.judge(ask, deadline, listed=len(asks) > 1), asks)
-                )
+                judging = self._in_turn(lambda ask: self.judge(ask, deadline, listed=True), asks)
+                answers = await unless_gone(request, judging)
         except Refused as error:
             answers = [self.refused(error)]
         self.count(request, answers)
